@@ -1,0 +1,1 @@
+"""qchain: an offline toolkit for qcow2 backing chains."""

@@ -1,0 +1,146 @@
+"""An open host file: bounded reads, holes, identity. Never written to.
+
+`HostFile` is what every reader works on. Only the open gate
+(`qchain.chain.gate`) and tests create one from a name.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from qchain.errors import DataError, ImageError
+
+__all__ = ["FileId", "HostFile"]
+
+
+@dataclass(frozen=True, slots=True)
+class FileId:
+    """Which file this is, whatever its name: device and inode."""
+
+    device: int
+    inode: int
+
+
+class HostFile:
+    """A regular file or block device, opened read-only.
+
+    Raises `ImageError` when it is missing, unreadable, or neither a regular
+    file nor a block device (a FIFO would block, a directory cannot be read).
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        try:
+            # O_NOATIME: reading evidence must not change its access time. The
+            # kernel grants it only to the owner and to root.
+            try:
+                self.fd = os.open(path, flags | os.O_NOATIME)
+            except PermissionError:
+                self.fd = os.open(path, flags)
+        except OSError as error:
+            raise ImageError(path, _reason(error), "check the name and its permissions") from None
+        except ValueError:
+            raise ImageError(path, "not a possible file name", "check the name") from None
+        try:
+            status = os.fstat(self.fd)
+            if stat.S_ISREG(status.st_mode):
+                self.size = status.st_size
+            elif stat.S_ISBLK(status.st_mode):
+                self.size = os.lseek(self.fd, 0, os.SEEK_END)
+            else:
+                raise ImageError(
+                    path, "neither a regular file nor a block device", "name the image itself"
+                )
+        except BaseException:
+            self.close()
+            raise
+        self.is_block_device = stat.S_ISBLK(status.st_mode)
+        self.disk_size = status.st_blocks * 512
+        self.id = FileId(status.st_dev, status.st_ino)
+        if self.is_block_device:
+            # Two device nodes may lead to one device: its number is its identity.
+            self.id = FileId(-1, status.st_rdev)
+        self.mtime_ns = status.st_mtime_ns
+
+    def close(self) -> None:
+        """Close the file; closing twice is fine."""
+        if getattr(self, "fd", -1) >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> HostFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"HostFile({str(self.path)!r})"
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Up to `length` bytes at `offset`; fewer only at the end of the file.
+
+        `length` is bounded by the file's real size before anything is
+        allocated, so a lying header cannot make us allocate more than exists.
+        """
+        length = min(length, self.size - offset)
+        if length <= 0 or offset < 0:
+            return b""
+        try:
+            data = os.pread(self.fd, length, offset)
+            while len(data) < length:
+                more = os.pread(self.fd, length - len(data), offset + len(data))
+                if not more:
+                    break
+                data += more
+        except OSError as error:
+            raise DataError(self.path, f"cannot read at offset {offset}: {_reason(error)}") from None
+        return data
+
+    def pread_into(self, buffer: memoryview, offset: int) -> int:
+        """Fill `buffer` from `offset`; returns the bytes read, fewer only at the end."""
+        done = 0
+        try:
+            while done < len(buffer):
+                count = os.preadv(self.fd, [buffer[done:]], offset + done)
+                if count == 0:
+                    break
+                done += count
+        except OSError as error:
+            raise DataError(
+                self.path, f"cannot read at offset {offset + done}: {_reason(error)}"
+            ) from None
+        return done
+
+    def data_ranges(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The (start, end) of what is not a hole within [start, end), by SEEK_DATA.
+
+        Where the filesystem cannot tell, everything is data.
+        """
+        position = start
+        end = min(end, self.size)
+        while position < end:
+            try:
+                data = os.lseek(self.fd, position, os.SEEK_DATA)
+                if data >= end:
+                    return
+                hole = min(os.lseek(self.fd, data, os.SEEK_HOLE), end)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return
+                data, hole = position, end
+            yield data, hole
+            position = hole
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower() if error.errno else str(error)
