@@ -1,0 +1,154 @@
+"""Opening a chain: from the active image down to its base, through the gate."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qchain.chain.gate import Gate, resolve_name
+from qchain.chain.layer import Layer, Qcow2Layer, RawLayer
+from qchain.errors import ImageError, QchainError, Unsupported
+from qchain.hostfile import FileId, HostFile
+from qchain.qcow2.foreign import foreign_format, is_qcow2
+from qchain.qcow2.header import read_header
+
+__all__ = ["Chain", "FormatNotRecorded", "open_chain", "open_layer"]
+
+FORMATS = ("qcow2", "raw")
+
+
+class FormatNotRecorded(ImageError):
+    """An overlay does not record its backing file's format, and formats are never probed."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The layers of a disk, active first. Closing it closes their files."""
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def size(self) -> int:
+        """The disk's size as the guest sees it, in bytes."""
+        return self.layers[0].size
+
+    @property
+    def active(self) -> Layer:
+        return self.layers[0]
+
+    def close(self) -> None:
+        for layer in self.layers:
+            layer.data.close()
+            layer.file.close()
+
+    def __enter__(self) -> Chain:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def named_format(file: HostFile, given: str | None) -> str:
+    """The format of an image that the user named: as given, else by its magic.
+
+    Raises: `Unsupported` for the magic of another image format: to read it as raw
+        would be a guess.
+    """
+    if given is not None:
+        if given not in FORMATS:
+            raise Unsupported(file.path, f"format {given!r} is not supported", "use qcow2 or raw")
+        return given
+    start = file.pread(0, 4096)
+    if is_qcow2(start):
+        return "qcow2"
+    other = foreign_format(start, file.size)
+    if other is not None:
+        raise Unsupported(
+            file.path, f"looks like {other}, not qcow2", "if it is a raw disk, say --format raw"
+        )
+    return "raw"
+
+
+def open_layer(path: Path, file: HostFile, fmt: str, gate: Gate, named: Path) -> Layer:
+    """The layer that `file` is. Raises `ImageError` when it cannot be read."""
+    if fmt == "raw":
+        return RawLayer(path, file)
+    if fmt != "qcow2":
+        raise Unsupported(path, f"format {fmt!r} is not supported", "only qcow2 and raw are")
+    header = read_header(file)
+    header.require_readable(path)
+    data_file = None
+    if header.has_data_file:
+        if header.data_file_name is None:
+            raise ImageError(path, "it has an external data file but does not name it")
+        data_file = gate.open_referenced(resolve_name(header.data_file_name, path), named)
+    return Qcow2Layer(path, file, header, data_file)
+
+
+def open_chain(path: Path, gate: Gate | None = None, fmt: str | None = None) -> Chain:
+    """Open the image `path` and all that it backs on.
+
+    Raises: `ImageError` (missing, invalid, a loop, too deep), `NotAllowed`,
+        `FormatNotRecorded`, `Unsupported`. Nothing stays open then.
+    """
+    gate = gate or Gate()
+    opened: list[HostFile] = []
+    layers: list[Layer] = []
+    seen: dict[FileId, Path] = {}
+    try:
+        file = gate.open_named(path)
+        opened.append(file)
+        fmt = named_format(file, fmt)
+        current = path
+        while True:
+            if file.id in seen:
+                raise ImageError(current, f"the chain loops: it is also {seen[file.id]}")
+            seen[file.id] = current
+            layer = open_layer(current, file, fmt, gate, path)
+            layers.append(layer)
+            if layer.data is not layer.file:
+                opened.append(layer.data)
+            if layer.backing is None:
+                return Chain(tuple(layers))
+            if len(layers) >= gate.max_depth:
+                raise ImageError(path, f"the chain is deeper than {gate.max_depth} images")
+            below = resolve_name(layer.backing.name, current)
+            recorded = layer.backing.format or gate.assume_format
+            if recorded is None:
+                raise FormatNotRecorded(
+                    current,
+                    f"the format of its backing file {layer.backing.name!r} is not recorded",
+                    "say which with --assume-format qcow2|raw (formats are never probed)",
+                )
+            _make_room(len(layers))
+            try:
+                file = gate.open_referenced(below, path)
+            except ImageError as error:
+                if error.why == "no such file or directory":
+                    error.why = f"missing, but {current} backs on it"
+                    error.todo = "find the file, or see 'qchain info' for the overlay alone"
+                raise
+            opened.append(file)
+            current, fmt = below, recorded
+    except QchainError:
+        for file in opened:
+            file.close()
+        raise
+
+
+def _make_room(depth: int) -> None:
+    """Raise the limit of open files for chains of hundreds of layers."""
+    if depth % 256 == 0:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < 2 * depth + 1024 and soft < hard:
+            wanted = 4 * depth + 4096
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (wanted if hard == -1 else min(hard, wanted), hard)
+            )
+
+
+def paths(layers: Sequence[Layer]) -> list[Path]:
+    """The names of the layers, active first."""
+    return [layer.path for layer in layers]

@@ -1,0 +1,243 @@
+"""Layers: an image in its place in a chain, and what it allocates in a window.
+
+A window is a guest range [start, end), start a multiple of 2 MiB (the largest
+cluster) or of the layer's own granularity. A layer answers in `Cells`, arrays
+at its own granularity; nothing is ever held for the whole disk.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from qchain.hostfile import HostFile
+from qchain.qcow2.entries import (
+    NO_HOST,
+    Kind,
+    allocated_extended,
+    allocated_standard,
+    decode_extended,
+    decode_standard,
+    zero_extended,
+    zero_standard,
+)
+from qchain.qcow2.header import Header
+from qchain.qcow2.tables import MapTables
+
+__all__ = ["Backing", "Cells", "Layer", "Masks", "Qcow2Layer", "RawLayer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Backing:
+    """What an image records of its backing file: the name as it stands, and the format."""
+
+    name: str
+    format: str | None
+
+
+@dataclass(slots=True)
+class Cells:
+    """The state of consecutive equal pieces of a window.
+
+    Attributes:
+        unit: bytes per cell.
+        kind: shape (n,), values of `Kind`.
+        host: shape (n,), host offset of each cell (`NO_HOST`: none; for
+            compressed cells the cluster's descriptor).
+    """
+
+    unit: int
+    kind: npt.NDArray[np.uint8]
+    host: npt.NDArray[np.uint64]
+
+    def refine(self, unit: int) -> Cells:
+        """The same state in cells of `unit` bytes, which must divide the present unit."""
+        factor = self.unit // unit
+        if factor == 1:
+            return self
+        kind = np.repeat(self.kind, factor)
+        host = np.repeat(self.host, factor)
+        moves = (host != NO_HOST) & (kind != Kind.COMPRESSED)
+        within = np.tile(np.arange(factor, dtype=np.uint64) * np.uint64(unit), len(self.kind))
+        host[moves] += within[moves]
+        return Cells(unit, kind, host)
+
+
+@dataclass(slots=True)
+class Masks:
+    """Allocation of consecutive cells of `unit` bytes.
+
+    `allocated`: shape (n,), zero clusters included (a hole of a raw image is not
+    allocated). `zero`: shape (n,), or None where no cell is a zero cluster.
+    """
+
+    unit: int
+    allocated: npt.NDArray[np.bool_]
+    zero: npt.NDArray[np.bool_] | None
+
+
+class Layer(Protocol):
+    """What the rest of the library knows of a layer, whatever its format.
+
+    `size` is the virtual size in bytes; `terminal` says that nothing below can
+    show through (raw).
+    """
+
+    path: Path
+    format: str
+    file: HostFile
+    size: int
+    granularity: int
+    terminal: bool
+    backing: Backing | None
+    header: Header | None
+
+    def cells(self, start: int, end: int) -> Cells | None:
+        """The state of the window; None when this layer allocates nothing in it."""
+        ...
+
+    def masks(self, start: int, end: int, zeroes: bool = False) -> Masks | None:
+        """Which cells are allocated, and which of them are zero; faster than `cells`."""
+        ...
+
+    @property
+    def data(self) -> HostFile:
+        """The file that guest data is read from."""
+        ...
+
+
+class Qcow2Layer:
+    """A qcow2 image as a layer."""
+
+    format = "qcow2"
+    terminal = False
+
+    def __init__(
+        self, path: Path, file: HostFile, header: Header, data_file: HostFile | None = None
+    ) -> None:
+        self.path = path
+        self.file = file
+        self.header: Header | None = header
+        self.size = header.size
+        self.cluster_size = header.cluster_size
+        self.cluster_bits = header.cluster_bits
+        self.compression = header.compression
+        self.granularity = header.cluster_size // (32 if header.extended_l2 else 1)
+        self.backing = (
+            None
+            if header.backing_name is None
+            else Backing(header.backing_name, header.backing_format)
+        )
+        self.extended = header.extended_l2
+        self.version = header.version
+        self.data_file = data_file
+        self.tables = MapTables(file, header, header.l1_table_offset, header.l1_size)
+
+    @property
+    def data(self) -> HostFile:
+        return self.data_file or self.file
+
+    def _clusters(self, start: int, end: int) -> tuple[int, int]:
+        end = min(end, self.size)
+        return start >> self.cluster_bits, -(-end >> self.cluster_bits)
+
+    def cells(self, start: int, end: int) -> Cells | None:
+        if start >= self.size:
+            return None
+        first, last = self._clusters(start, end)
+        entries = self.tables.entries(first, last)
+        if entries is None:
+            return None
+        external = self.data_file is not None
+        if self.extended:
+            kind, host = decode_extended(
+                entries, cluster_bits=self.cluster_bits, data_file=external
+            )
+        else:
+            kind, host = decode_standard(
+                entries,
+                cluster_bits=self.cluster_bits,
+                version=self.version,
+                data_file=external,
+            )
+        skip = (start - (first << self.cluster_bits)) // self.granularity
+        return Cells(self.granularity, kind[skip:], host[skip:])
+
+    def masks(self, start: int, end: int, zeroes: bool = False) -> Masks | None:
+        if start >= self.size:
+            return None
+        first, last = self._clusters(start, end)
+        raw = self.tables.raw_entries(first, last)
+        if raw is None:
+            return None
+        zero = None
+        if self.extended:
+            allocated = allocated_extended(raw)
+            if zeroes:
+                zero = zero_extended(raw)
+        else:
+            allocated = allocated_standard(raw, data_file=self.data_file is not None)
+            if zeroes:
+                zero = zero_standard(raw)
+        skip = (start - (first << self.cluster_bits)) // self.granularity
+        return Masks(self.granularity, allocated[skip:], None if zero is None else zero[skip:])
+
+
+class RawLayer:
+    """A raw image as a layer: data where the filesystem says so (SEEK_DATA), else zeroes."""
+
+    format = "raw"
+    terminal = True
+    header: Header | None = None
+    backing: Backing | None = None
+
+    def __init__(self, path: Path, file: HostFile) -> None:
+        self.path = path
+        self.file = file
+        # As qemu: the size of a raw image is rounded up to whole 512-byte sectors.
+        self.size = -(-file.size // 512) * 512
+        self.granularity = 4096
+
+    @property
+    def data(self) -> HostFile:
+        return self.file
+
+    def _ranges(self, start: int, end: int) -> tuple[int, list[tuple[int, int]]]:
+        # The last sector of an unaligned file is data as a whole.
+        found = [
+            (low // 512 * 512, -(-high // 512) * 512)
+            for low, high in self.file.data_ranges(start, end)
+        ]
+        unit = end - start
+        for low, high in found:
+            unit = math.gcd(unit, math.gcd(low - start, high - start))
+        return unit, found
+
+    def cells(self, start: int, end: int) -> Cells | None:
+        end = min(end, self.size)
+        if start >= end:
+            return None
+        unit, found = self._ranges(start, end)
+        count = (end - start) // unit
+        kind = np.full(count, Kind.ZERO, np.uint8)
+        for low, high in found:
+            kind[(low - start) // unit : (high - start) // unit] = Kind.DATA
+        host = np.arange(count, dtype=np.uint64) * np.uint64(unit) + np.uint64(start)
+        return Cells(unit, kind, host)
+
+    def masks(self, start: int, end: int, zeroes: bool = False) -> Masks | None:
+        end = min(end, self.size)
+        if start >= end:
+            return None
+        unit, found = self._ranges(start, end)
+        if not found:
+            return None
+        allocated = np.zeros((end - start) // unit, bool)
+        for low, high in found:
+            allocated[(low - start) // unit : (high - start) // unit] = True
+        return Masks(unit, allocated, None)

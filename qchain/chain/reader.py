@@ -1,0 +1,153 @@
+"""The guest-visible content of a point: bytes as the guest would read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from qchain.chain.layer import Layer, Qcow2Layer
+from qchain.chain.ownership import workers
+from qchain.chain.resolve import Runs, runs
+from qchain.errors import DataError, Unsupported
+from qchain.qcow2.compression import decompress
+from qchain.qcow2.entries import Kind, compressed_location
+
+__all__ = ["Piece", "fill", "pieces", "read", "require_content"]
+
+PIECE = 4 << 20
+"""Guest bytes handed over at once by `pieces`."""
+
+
+def require_content(layers: Sequence[Layer]) -> None:
+    """Raise `Unsupported` when the data of a layer is encrypted."""
+    for layer in layers:
+        if layer.header is not None and layer.header.crypt_method:
+            name = {1: "AES", 2: "LUKS"}.get(layer.header.crypt_method, "unknown")
+            raise Unsupported(layer.path, f"its data is encrypted ({name})", "")
+
+
+def fill(layers: Sequence[Layer], table: Runs, out: memoryview, at: npt.NDArray[np.int64]) -> None:
+    """Write the guest bytes of every run of `table` into `out`, run i at offset `at[i]`.
+
+    `out` must be zeroed before: zero runs are skipped. Reads beyond the end of a file
+    give zeroes, as in qemu.
+    Raises: `DataError` when a compressed cluster is damaged or a disk fails.
+    """
+    data = np.flatnonzero((table.kind == Kind.DATA) | (table.kind == Kind.COMPRESSED))
+    for index in data.tolist():
+        layer = layers[int(table.depth[index])]
+        place, length = int(at[index]), int(table.length[index])
+        view = out[place : place + length]
+        if table.kind[index] == Kind.DATA:
+            layer.data.pread_into(view, int(table.host[index]))
+        else:
+            assert isinstance(layer, Qcow2Layer)
+            _fill_compressed(layer, int(table.host[index]), int(table.start[index]), view)
+
+
+def _fill_compressed(layer: Qcow2Layer, descriptor: int, guest: int, out: memoryview) -> None:
+    offset, size = compressed_location(descriptor, layer.cluster_bits)
+    try:
+        cluster = decompress(layer.file.pread(offset, size), layer.cluster_size, layer.compression)
+    except ValueError as error:
+        raise DataError(
+            layer.path, f"compressed cluster at guest offset {guest} is damaged: {error}"
+        ) from None
+    # A run of one descriptor that covers several clusters repeats the cluster.
+    done = 0
+    while done < len(out):
+        within = (guest + done) % layer.cluster_size
+        count = min(layer.cluster_size - within, len(out) - done)
+        out[done : done + count] = cluster[within : within + count]
+        done += count
+
+
+def read(layers: Sequence[Layer], start: int, length: int) -> bytes:
+    """Guest bytes [start, start + length) of the disk of `layers` (active first).
+
+    Cut at the end of the disk.
+    """
+    end = min(start + length, layers[0].size)
+    if end <= start:
+        return b""
+    out = bytearray(end - start)
+    view = memoryview(out)
+    for table in runs(layers, start, end):
+        fill(layers, table, view, table.start - start)
+    return bytes(out)
+
+
+class Piece:
+    """Consecutive guest bytes: `data` of shape (length,), or None where all is zero."""
+
+    __slots__ = ("data", "length", "start")
+
+    def __init__(self, start: int, length: int, data: npt.NDArray[np.uint8] | None) -> None:
+        self.start = start
+        self.length = length
+        self.data = data
+
+
+def _cut(table: Runs) -> Iterator[tuple[int, int, Runs | None]]:
+    """Cut a table into (start, end, runs), runs None where nothing but zeroes is read."""
+    begin, end = int(table.start[0]), int(table.start[-1] + table.length[-1])
+    has_data = (table.kind == Kind.DATA) | (table.kind == Kind.COMPRESSED)
+    starts, ends = table.start, table.start + table.length
+    position = begin
+    while position < end:
+        first = int(np.searchsorted(ends, position, "right"))
+        if not has_data[first]:
+            # Jump over all the zero runs that follow at once.
+            later = np.flatnonzero(has_data[first:])
+            stop = end if not len(later) else int(starts[first + int(later[0])])
+            yield position, stop, None
+        else:
+            stop = min(position // PIECE * PIECE + PIECE, end)
+            last = int(np.searchsorted(starts, stop, "left"))
+            part = Runs(*(getattr(table, name)[first:last] for name in Runs.__slots__))
+            yield position, stop, part.clip(position, stop)
+        position = stop
+
+
+def pieces(
+    layers: Sequence[Layer],
+    start: int = 0,
+    end: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Piece]:
+    """The guest-visible content from `start` to `end`, in order, read ahead by threads.
+
+    Pieces of zeroes may be of any length and carry no data; others hold at most
+    4 MiB. Memory is bounded by the few pieces read ahead.
+    """
+    require_content(layers)
+    size = layers[0].size if end is None else min(end, layers[0].size)
+
+    def load(low: int, high: int, part: Runs) -> Piece:
+        data = np.zeros(high - low, np.uint8)
+        fill(layers, part, memoryview(data.data), part.start - low)
+        return Piece(low, high - low, data)
+
+    waiting: list[Future[Piece] | Piece] = []
+    with ThreadPoolExecutor(workers()) as pool:
+
+        def take() -> Piece:
+            first = waiting.pop(0)
+            piece = first if isinstance(first, Piece) else first.result()
+            if progress is not None:
+                progress(piece.start + piece.length, size)
+            return piece
+
+        for table in runs(layers, start, end):
+            for low, high, part in _cut(table):
+                if part is None:
+                    waiting.append(Piece(low, high - low, None))
+                else:
+                    waiting.append(pool.submit(load, low, high, part))
+                while len(waiting) > 2 * workers() + 2:
+                    yield take()
+        while waiting:
+            yield take()

@@ -1,0 +1,78 @@
+"""Which images of a directory back on what: headers only, never the files they name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from qchain.chain.gate import resolve_name
+from qchain.errors import ImageError
+from qchain.hostfile import FileId, HostFile
+from qchain.qcow2.foreign import is_qcow2
+from qchain.qcow2.header import read_header
+
+__all__ = ["WORK_PREFIX", "Overlay", "overlays_in"]
+
+WORK_PREFIX = ".qchain-"
+"""Names of our own work directories and aliases; scans pass over them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Overlay:
+    """An image that names a backing file which exists."""
+
+    path: Path
+    id: FileId
+    backing: Path
+    backing_id: FileId
+
+
+def _identity(path: Path) -> FileId | None:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    if status.st_rdev:
+        return FileId(-1, status.st_rdev)
+    return FileId(status.st_dev, status.st_ino)
+
+
+def overlays_in(directories: Iterable[Path]) -> Iterator[Overlay]:
+    """Every overlay in the directories themselves (not below them).
+
+    Files that cannot be read or are no images are passed over: a scan looks for
+    dangers, it does not judge.
+    """
+    done: set[FileId] = set()
+    for directory in directories:
+        where = _identity(directory)
+        if where is None or where in done:
+            continue
+        done.add(where)
+        with os.scandir(directory) as entries:
+            names = sorted(
+                entry.path
+                for entry in entries
+                if not entry.name.startswith(WORK_PREFIX) and entry.is_file()
+            )
+        for name in names:
+            found = _overlay(Path(name))
+            if found is not None:
+                yield found
+
+
+def _overlay(path: Path) -> Overlay | None:
+    try:
+        with HostFile(path) as file:
+            if not is_qcow2(file.pread(0, 8)):
+                return None
+            header = read_header(file)
+            if header.backing_name is None:
+                return None
+            backing = resolve_name(header.backing_name, path)
+            backing_id = _identity(backing)
+            return None if backing_id is None else Overlay(path, file.id, backing, backing_id)
+    except ImageError:
+        return None

@@ -1,0 +1,185 @@
+"""The ways of merging one group: each with its figures, or the reason why it is not possible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from qchain.chain.layer import Layer, Qcow2Layer
+from qchain.plan.model import DEFAULT, TimeModel
+from qchain.plan.options import MergeOptions
+from qchain.plan.selection import Group
+from qchain.plan.traffic import Traffic, count_traffic
+
+__all__ = ["Candidate", "candidates_of", "choose"]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way of merging a group. All sizes in bytes, an upper bound where contents repeat.
+
+    `target`: layer index, None for a copy. `net` traffic: what the reason quotes.
+    """
+
+    strategy: str
+    engine: str
+    target: int | None
+    reason: str | None = None
+    read_bytes: int = 0
+    write_bytes: int = 0
+    extents: int = 0
+    target_growth_bytes: int = 0
+    peak_extra_bytes: int = 0
+    freed_bytes: int = 0
+    seconds: float = 0.0
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @property
+    def feasible(self) -> bool:
+        return self.reason is None
+
+
+def strategy_of(position: int, count: int) -> str:
+    """The word for the target at `position` of a group of `count` (0 = the kept image)."""
+    if position == 0:
+        return "pull"
+    return "commit" if position == count - 1 else "both"
+
+
+def _has_valid_bitmaps(layer: Layer) -> bool:
+    header = layer.header
+    return header is not None and header.bitmaps_extension is not None
+
+
+def obstacle(
+    layers: Sequence[Layer], group: Group, target: int, options: MergeOptions
+) -> str | None:
+    """Why `target` (a layer index) cannot receive the data; None if it can."""
+    kept, layer = layers[group.kept], layers[target]
+    strategy = strategy_of(group.members.index(target), len(group.members))
+    if options.strategy not in ("auto", strategy):
+        return f"--strategy {options.strategy} was asked for"
+    if target == group.kept:
+        return None
+    if _has_valid_bitmaps(kept):
+        return f"{kept.path.name} has bitmaps, which this way would lose"
+    if layer.format != kept.format and options.names == "kept" and not options.allow_format_change:
+        return (
+            f"{layer.path.name} is {layer.format}: under the name {kept.path.name} it would be "
+            f"taken for {kept.format}; allow it with --allow-format-change, or use --names lowest"
+        )
+    if layer.format == "raw" and kept.size != layer.size and layer.file.is_block_device:
+        return f"{layer.path.name} is a block device and cannot change its size"
+    if options.names == "kept" and kept.file.is_block_device:
+        return f"{kept.path.name} is a block device and cannot be renamed"
+    if options.names == "kept" and kept.file.id.device != layer.file.id.device:
+        return "it lies on another filesystem, from where no rename leads to the kept name"
+    below = layers[target + 1].size if target + 1 < len(layers) else 0
+    if (
+        isinstance(layer, Qcow2Layer)
+        and layer.version < 3
+        and kept.size > layer.size
+        and below > layer.size
+    ):
+        return (
+            f"{layer.path.name} has compat 0.10 and cannot grow over a longer backing file; "
+            "'qemu-img amend -o compat=1.1' first"
+        )
+    return None
+
+
+def _figures(
+    layers: Sequence[Layer],
+    group: Group,
+    position: int,
+    traffic: Traffic,
+    model: TimeModel,
+    keep_files: bool,
+) -> Candidate:
+    target = group.members[position]
+    layer = layers[target]
+    header = layer.header
+    cluster = 4096 if header is None else header.cluster_size
+    # rebase reads the old and the new view of what it moves, and writes what differs.
+    reads = traffic.commit_bytes + traffic.pull_bytes * (2 if group.below is not None else 1)
+    written = traffic.commit_bytes + traffic.pull_bytes
+    new = traffic.new_clusters + traffic.new_tables
+    refcounts = 0
+    if header is not None:
+        per_block = cluster * 8 // header.refcount_bits
+        refcounts = -(-new // per_block) if new else 0
+    growth = (new + refcounts) * cluster
+    freed = 0
+    if not keep_files:
+        freed = sum(layers[index].file.disk_size for index in group.members if index != target)
+    pulls = position < len(group.members) - 1
+    requests = -(-traffic.commit_bytes // (1 << 20)) + traffic.extents
+    seconds = model.seconds(
+        read=reads,
+        written=written,
+        requests=requests if position else 0,
+        serial_requests=traffic.extents if pulls else 0,
+        files=len(layers) - group.kept,
+        commands=(1 if position else 0) + (3 if pulls else 0),
+    )
+    return Candidate(
+        strategy_of(position, len(group.members)),
+        "qemu-img",
+        target,
+        None,
+        reads,
+        written,
+        traffic.extents,
+        growth,
+        growth,
+        freed,
+        round(seconds, 3),
+        traffic,
+    )
+
+
+def candidates_of(
+    layers: Sequence[Layer],
+    group: Group,
+    options: MergeOptions,
+    model: TimeModel = DEFAULT,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Candidate]:
+    """Every target of the group, from the kept image down, and the copy."""
+    members = [layers[index] for index in group.members]
+    reasons = [obstacle(layers, group, target, options) for target in group.members]
+    figures = count_traffic(
+        members,
+        range(len(members)),
+        0 if group.below is None else layers[group.below].size,
+        progress,
+    )
+    out = []
+    for position, (traffic, reason) in enumerate(zip(figures, reasons, strict=True)):
+        found = _figures(layers, group, position, traffic, model, options.keep_files)
+        if reason is not None:
+            names = (name for name in Candidate.__slots__ if name != "reason")
+            found = Candidate(reason=reason, **{name: getattr(found, name) for name in names})
+        out.append(found)
+    out.append(Candidate("copy", "qemu-img", None, "copies come with a later version"))
+    return out
+
+
+def choose(candidates: Sequence[Candidate], prefer: str) -> Candidate | None:
+    """The best feasible candidate; None if there is none.
+
+    By estimated seconds, then bytes written; `prefer` "writes" or "space" puts bytes
+    written, or peak space, first.
+    """
+
+    def rank(candidate: Candidate) -> tuple[float, ...]:
+        time, writes = candidate.seconds, float(candidate.write_bytes)
+        space = float(candidate.peak_extra_bytes)
+        return {
+            "time": (time, writes, space),
+            "writes": (writes, time, space),
+            "space": (space, time, writes),
+        }[prefer]
+
+    feasible = [candidate for candidate in candidates if candidate.feasible]
+    return min(feasible, key=rank, default=None)

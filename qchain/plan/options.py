@@ -1,0 +1,55 @@
+"""What the user may say about how to merge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qchain.errors import Refused, UsageError
+
+__all__ = ["MergeOptions"]
+
+STRATEGIES = ("auto", "pull", "commit", "both", "copy")
+ENGINES = ("auto", "qemu-img", "native")
+NAMES = ("kept", "lowest", "target")
+PREFER = ("time", "writes", "space")
+VERIFY = ("moved", "full", "manifest", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class MergeOptions:
+    """The options of plan and merge, checked on creation.
+
+    Raises: `UsageError` for an unknown value, `Refused` for what this version lacks.
+    """
+
+    strategy: str = "auto"
+    engine: str = "auto"
+    names: str = "kept"
+    prefer: str = "time"
+    verify: str = "moved"
+    scan: tuple[Path, ...] = ()
+    exact: bool = False
+    keep_files: bool = False
+    allow_format_change: bool = False
+
+    def __post_init__(self) -> None:
+        for option, value, known in (
+            ("--strategy", self.strategy, STRATEGIES),
+            ("--engine", self.engine, ENGINES),
+            ("--names", self.names, NAMES),
+            ("--prefer", self.prefer, PREFER),
+            ("--verify", self.verify, VERIFY),
+        ):
+            if value not in known:
+                raise UsageError(
+                    option, f"{value!r} is not possible", f"one of: {', '.join(known)}"
+                )
+        for what, wanted in (
+            ("--strategy copy", self.strategy == "copy"),
+            ("--engine native", self.engine == "native"),
+            ("--verify manifest", self.verify == "manifest"),
+            ("--exact", self.exact),
+        ):
+            if wanted:
+                raise Refused(what, "not in this version yet", "leave it out")

@@ -1,0 +1,185 @@
+"""A plan: the groups of a request, their candidates, the choice, and the steps in order."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qchain.chain.chain import Chain
+from qchain.chain.layer import Layer
+from qchain.plan.candidates import Candidate, candidates_of, choose
+from qchain.plan.model import DEFAULT, TimeModel
+from qchain.plan.options import MergeOptions
+from qchain.plan.refusals import file_refusals, overlay_refusals, space_refusals
+from qchain.plan.selection import Group, Request, groups_of, select
+from qchain.plan.sequence import Above, sequence
+from qchain.plan.steps import Step, as_json
+
+__all__ = ["GroupPlan", "Plan", "make_plan"]
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """One group: every candidate, the chosen one (None: none is possible), its steps."""
+
+    group: Group
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate | None
+    steps: tuple[Step, ...]
+    result: Path | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a merge would do to a chain, and why. `refusals`: why it would do nothing."""
+
+    layers: tuple[Layer, ...]
+    options: MergeOptions
+    groups: tuple[GroupPlan, ...]
+    refusals: tuple[str, ...]
+
+    @property
+    def steps(self) -> list[Step]:
+        return [step for group in self.groups for step in group.steps]
+
+    def path(self, index: int | None) -> str | None:
+        """The absolute name of a layer."""
+        return None if index is None else os.path.abspath(self.layers[index].path)
+
+    def as_json(self, program: str = "qemu-img") -> dict[str, object]:
+        """The plan with the field names that outside scripts rely on."""
+        return {
+            "active": [self.path(0)],
+            "groups": [self._group_json(group) for group in self.groups],
+            "steps": [as_json(step, program) for step in self.steps],
+            "refusals": list(self.refusals),
+        }
+
+    def _group_json(self, plan: GroupPlan) -> dict[str, object]:
+        chosen = plan.chosen
+        return {
+            "kept": self.path(plan.group.kept),
+            "dropped": [self.path(index) for index in plan.group.dropped],
+            "new_backing": self.path(plan.group.below),
+            "chosen": None if chosen is None else chosen.strategy,
+            "engine": None if chosen is None else chosen.engine,
+            "target": None if chosen is None else self.path(chosen.target),
+            "result": None if plan.result is None else str(plan.result),
+            "why": reason(self.layers, plan),
+            "candidates": [
+                {
+                    "strategy": candidate.strategy,
+                    "engine": candidate.engine,
+                    "target": self.path(candidate.target),
+                    "feasible": candidate.feasible,
+                    "reason": candidate.reason,
+                    "read_bytes": candidate.read_bytes,
+                    "write_bytes": candidate.write_bytes,
+                    "extents": candidate.extents,
+                    "target_growth_bytes": candidate.target_growth_bytes,
+                    "peak_extra_bytes": candidate.peak_extra_bytes,
+                    "freed_bytes": candidate.freed_bytes,
+                    "seconds": candidate.seconds,
+                }
+                for candidate in plan.candidates
+            ],
+        }
+
+
+def _human(size: int) -> str:
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError
+
+
+def reason(layers: Sequence[Layer], plan: GroupPlan) -> str:
+    """One sentence: why this candidate, with the numbers that decided."""
+    chosen = plan.chosen
+    if chosen is None or chosen.target is None:
+        return "no way is possible"
+    moved = chosen.write_bytes
+    name = layers[chosen.target].path.name
+    said = f"{chosen.strategy} into {name} moves {_human(moved)}"
+    others = [c for c in plan.candidates if c.feasible and c is not chosen]
+    if not others:
+        return f"{said}; it is the only way possible"
+    best = min(others, key=lambda c: (c.seconds, c.write_bytes))
+    assert best.target is not None
+    other = layers[best.target].path.name
+    return f"{said}; {best.strategy} into {other} would move {_human(best.write_bytes)}"
+
+
+def make_plan(
+    chain: Chain,
+    request: Request,
+    options: MergeOptions | None = None,
+    model: TimeModel = DEFAULT,
+    progress: Callable[[int, int], None] | None = None,
+) -> Plan:
+    """Plan the merge that drops the requested points of `chain`.
+
+    Raises: `UsageError` for a request that makes no sense. What speaks against the
+        merge is in `refusals`; with any refusal there are no steps.
+    """
+    options = options or MergeOptions()
+    layers = chain.layers
+    groups = groups_of(select(request, layers), len(layers))
+    refusals = [line for group in groups for line in file_refusals(layers, group)]
+    refusals += overlay_refusals(layers, groups, options)
+    found: list[tuple[Group, list[Candidate], Candidate | None]] = []
+    needs: list[tuple[Path, int]] = []
+    for group in groups:
+        candidates = candidates_of(layers, group, options, model, progress)
+        chosen = choose(candidates, options.prefer)
+        if chosen is None:
+            refusals.append(_impossible(layers, group, candidates, options))
+        elif chosen.target is not None:
+            needs.append((layers[chosen.target].path.parent, chosen.peak_extra_bytes))
+        found.append((group, candidates, chosen))
+    refusals += space_refusals(needs)
+    plans: list[GroupPlan] = []
+    token = secrets.token_hex(4)
+    results: dict[int, tuple[Path, str]] = {}
+    for number, (group, candidates, chosen) in enumerate(found):
+        steps: list[Step] = []
+        result = None
+        if not refusals and chosen is not None and chosen.target is not None:
+            above = _above(layers, group, results)
+            steps, result = sequence(layers, group, chosen, options, f"{token}{number:02x}", above)
+            results[group.members[-1]] = (result, layers[chosen.target].format)
+        plans.append(GroupPlan(group, tuple(candidates), chosen, tuple(steps), result))
+    return Plan(layers, options, tuple(plans), tuple(dict.fromkeys(refusals)))
+
+
+def _above(
+    layers: Sequence[Layer], group: Group, results: dict[int, tuple[Path, str]]
+) -> Above | None:
+    """What backs on the kept image once the groups above it are merged."""
+    index = group.kept - 1
+    if index < 0:
+        return None
+    overlay = layers[index]
+    assert overlay.backing is not None
+    path, fmt = results.get(index, (Path(os.path.abspath(overlay.path)), overlay.format))
+    return Above(path, fmt, not overlay.backing.name.startswith("/"))
+
+
+def _impossible(
+    layers: Sequence[Layer],
+    group: Group,
+    candidates: Sequence[Candidate],
+    options: MergeOptions,
+) -> str:
+    asked = f"--strategy {options.strategy} was asked for"
+    told = [c for c in candidates if c.strategy == options.strategy and c.reason != asked]
+    told = told or [c for c in candidates if c.reason != asked and c.target is not None]
+    kept = layers[group.kept].path
+    if not told:
+        return f"{kept}: no target for --strategy {options.strategy} in this group; use auto"
+    return f"{kept}: cannot be merged this way: {told[0].reason}"

@@ -1,0 +1,103 @@
+"""Reasons not to touch a chain at all: each one line, with the way on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from qchain.chain.layer import Layer
+from qchain.chain.scan import overlays_in
+from qchain.plan.options import MergeOptions
+from qchain.plan.selection import Group
+
+__all__ = ["file_refusals", "overlay_refusals", "space_refusals"]
+
+
+def file_refusals(layers: Sequence[Layer], group: Group) -> list[str]:
+    """What makes a file of the group unfit to be merged."""
+    out: list[str] = []
+    for index in group.members:
+        layer = layers[index]
+        path, header = layer.path, layer.header
+        if path.is_symlink():
+            out.append(f"{path}: is a symbolic link; name {os.path.realpath(path)} itself")
+        status = os.fstat(layer.file.fd)
+        if status.st_nlink > 1 and not layer.file.is_block_device:
+            out.append(
+                f"{path}: the file has {status.st_nlink} names (hard links), and a merge would "
+                "change or part them; remove the others first"
+            )
+        if not os.access(path, os.W_OK) or not os.access(path.parent, os.W_OK):
+            out.append(f"{path}: the file or its directory cannot be written to; run as its owner")
+        if layer.file.is_block_device:
+            out.append(f"{path}: merging block devices comes with a later version")
+        if header is None:
+            continue
+        if header.corrupt:
+            out.append(f"{path}: is marked corrupt; see 'qemu-img check'")
+        if header.dirty:
+            out.append(f"{path}: was not closed properly; 'qemu-img check -r all' first")
+        if header.encryption:
+            out.append(f"{path}: is encrypted ({header.encryption}); merging it is not supported")
+        if header.has_data_file:
+            out.append(f"{path}: has an external data file; merging it is not supported")
+        if header.nb_snapshots:
+            out.append(
+                f"{path}: holds {header.nb_snapshots} internal snapshot(s), which the merge would "
+                "lose or change; delete them first ('qemu-img snapshot -d')"
+            )
+        if index != group.kept and header.bitmaps_extension is not None:
+            out.append(f"{path}: holds bitmaps that would be lost; remove them first")
+    for index in group.members[:-1]:
+        backing = layers[index].backing
+        if backing is not None and backing.format is None:
+            out.append(
+                f"{layers[index].path}: the format of its backing file is not recorded; record it "
+                f"with 'qemu-img rebase -u -b {backing.name} -F qcow2|raw'"
+            )
+    lowest = layers[group.members[-1]]
+    if group.below is not None and lowest.backing is not None and lowest.backing.format is None:
+        out.append(f"{lowest.path}: the format of its backing file is not recorded; record it")
+    return out
+
+
+def overlay_refusals(
+    layers: Sequence[Layer], groups: Sequence[Group], options: MergeOptions
+) -> list[str]:
+    """Images outside the chain that back on something the merge would change or remove."""
+    touched = {
+        layers[index].file.id: index
+        for group in groups
+        for index in (group.dropped if options.names == "kept" else group.members)
+    }
+    chain = {layer.file.id for layer in layers}
+    directories = {layers[index].path.parent for group in groups for index in group.members}
+    out = []
+    for overlay in overlays_in([*sorted(directories), *options.scan]):
+        if overlay.id in chain or overlay.backing_id not in touched:
+            continue
+        below = layers[touched[overlay.backing_id]]
+        out.append(
+            f"{overlay.path}: backs on {below.path.name}, which the merge would change; keep "
+            f"{below.path.name}, or merge or move that overlay first"
+        )
+    return out
+
+
+def space_refusals(needs: Sequence[tuple[Path, int]]) -> list[str]:
+    """Filesystems without room: `needs` are (directory, bytes at the peak)."""
+    sums: dict[int, tuple[Path, int]] = {}
+    for directory, amount in needs:
+        device = directory.stat().st_dev
+        sums[device] = (directory, sums.get(device, (directory, 0))[1] + amount)
+    out = []
+    for directory, amount in sums.values():
+        room = os.statvfs(directory)
+        free = room.f_bavail * room.f_frsize
+        if amount > free:
+            out.append(
+                f"{directory}: the merge needs up to {amount} bytes there and {free} are free; "
+                "make room, or try --prefer space"
+            )
+    return out

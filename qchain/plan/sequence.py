@@ -1,0 +1,272 @@
+"""The order of writes for one group (design: commit, two-phase pull, compare, switch, delete).
+
+What the guest reads if everything stops after a step is said beside each step:
+j is the kept image, t the target, N the new backing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qchain.chain.layer import Layer
+from qchain.chain.scan import WORK_PREFIX
+from qchain.plan.candidates import Candidate
+from qchain.plan.options import MergeOptions
+from qchain.plan.selection import Group
+from qchain.plan.steps import (
+    Command,
+    Compare,
+    Freeze,
+    HardLink,
+    MakeDirectory,
+    RemoveDirectory,
+    Rename,
+    Step,
+    SymbolicLink,
+    Sync,
+    TakeAttributes,
+    Unlink,
+)
+from qchain.run.qemu_img import (
+    commit_argv,
+    create_empty_argv,
+    rebase_safe_argv,
+    rebase_unsafe_argv,
+    resize_shrink_argv,
+)
+
+__all__ = ["SAVED_SUFFIX", "Above", "sequence"]
+
+SAVED_SUFFIX = ".qchain-old"
+"""What --keep-files appends to the name of a file that another one replaces."""
+
+
+@dataclass
+class Above:
+    """The image that backs on the kept one after the merges above it, if there is one."""
+
+    path: Path
+    format: str
+    relative: bool
+
+
+@dataclass
+class _Builder:
+    layers: Sequence[Layer]
+    group: Group
+    candidate: Candidate
+    options: MergeOptions
+    token: str
+    above: Above | None
+    steps: list[Step] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        assert self.candidate.target is not None
+        self.t_index = self.candidate.target
+        self.t = self.layers[self.t_index]
+        self.j = self.layers[self.group.kept]
+        self.lowest = self.layers[self.group.members[-1]]
+        self.t_path, self.j_path = _absolute(self.t.path), _absolute(self.j.path)
+        self.work = self.t_path.parent / f"{WORK_PREFIX}{self.token}"
+        self.alias = f"{WORK_PREFIX}{self.token}.backing"
+        self.pulls = self.t_index != self.group.members[-1]
+
+    def add(self, *steps: Step) -> None:
+        self.steps.extend(steps)
+
+    # --- the new backing: its name as it will stand in the header ----------------
+
+    def backing_name(self, directory: Path) -> str | None:
+        """How an image in `directory` names the new backing: as the lowest image did."""
+        if self.group.below is None or self.lowest.backing is None:
+            return None
+        recorded = self.lowest.backing.name
+        below = _absolute(self.layers[self.group.below].path)
+        if recorded.startswith("/"):
+            return str(below)
+        if _absolute(self.lowest.path).parent == directory:
+            return recorded
+        return os.path.relpath(below, directory)
+
+    def backing_format(self) -> str | None:
+        return None if self.group.below is None else self.layers[self.group.below].format
+
+    def point_to(self, image: Path, name: str | None) -> None:
+        """Write a header: `image` backs on `name` from now on; made durable."""
+        argv = rebase_unsafe_argv(image, self.t.format, name, self.backing_format())
+        self.add(Command(tuple(argv), label=f"re-point {image.name}"), Sync(image))
+
+    # --- the phases ----------------------------------------------------------------
+
+    def commit(self) -> None:
+        # Stopped within: t is half changed, but what lies above hides all that was
+        # written, so j reads right, and the commit may be repeated.
+        argv = commit_argv(self.t_path, self.j_path, self.j.format)
+        label = f"commit {self.j_path.name} into {self.t_path.name}"
+        weight = self.candidate.traffic.commit_bytes
+        self.add(Command(tuple(argv), weight=weight, label=label), Sync(self.t_path))
+        if self.t.size > self.j.size:
+            # j never reads beyond its own size.
+            shrink = resize_shrink_argv(self.t_path, self.t.format, self.j.size)
+            self.add(Command(tuple(shrink), label=f"shrink {self.t_path.name}"))
+            self.add(Sync(self.t_path))
+
+    def pull(self) -> None:
+        present = self.t.backing
+        assert present is not None and present.format is not None
+        directory = self.t_path.parent
+        link = self.work / "image"
+        below = self.layers[self.t_index + 1]
+        # Beside t the alias is its present backing, within the work directory the new
+        # one: whichever header t has, opened by its own name it reads its old content.
+        self.add(
+            HardLink(self.t_path, link),
+            Command(
+                tuple(create_empty_argv(self.alias, below.size, present.name, present.format)),
+                cwd=directory,
+                label="prepare",
+            ),
+        )
+        if self.group.below is None:
+            size = self.j.size
+            self.add(
+                Command(
+                    tuple(create_empty_argv(self.work / self.alias, size)),
+                    cwd=directory,
+                    label="prepare",
+                )
+            )
+        else:
+            new = self.layers[self.group.below]
+            new_path = _absolute(new.path)
+            if os.path.realpath(self.work / present.name) == os.path.realpath(new_path):
+                # Seen from the work directory the present name would mean the new
+                # backing: qemu would think nothing lies between. An overlay is neither.
+                self.add(
+                    Command(
+                        tuple(
+                            create_empty_argv(
+                                self.work / self.alias, new.size, new_path, new.format
+                            )
+                        ),
+                        cwd=directory,
+                        label="prepare",
+                    )
+                )
+            else:
+                self.add(SymbolicLink(new_path, self.work / self.alias))
+        self.add(Sync(directory / self.alias), Sync(self.work), Sync(directory))
+        argv = rebase_safe_argv(link, self.alias, present.name, present.format)
+        label = f"pull into {self.t_path.name}"
+        weight = self.candidate.traffic.pull_bytes
+        self.add(Command(tuple(argv), cwd=directory, weight=weight, label=label))
+        self.add(Sync(self.t_path))
+
+    def verify(self) -> None:
+        if self.options.verify == "none":
+            return
+        new = self.work / "image" if self.pulls else self.t_path
+        below = None if self.group.below is None else _absolute(self.layers[self.group.below].path)
+        moved = self.candidate.traffic.commit_bytes + self.candidate.traffic.pull_bytes
+        self.add(Compare(self.j_path, new, below, weight=moved))
+
+    def switch(self) -> Path:
+        """Give the result its name; returns it."""
+        directory = self.t_path.parent
+        if self.options.names == "kept":
+            final = self.j_path
+        elif self.options.names == "lowest":
+            final = _absolute(self.lowest.path)
+        else:
+            final = self.t_path
+        moves = final.parent != directory and final != self.t_path
+        name_here, name_there = self.backing_name(directory), self.backing_name(final.parent)
+        # On the way to another directory a relative name would mean another file.
+        way = name_here
+        if moves and name_there is not None and self.group.below is not None:
+            way = str(_absolute(self.layers[self.group.below].path))
+        if self.pulls or way != name_here:
+            # Every cluster is durable: the header alone changes, j reads the same.
+            self.point_to(self.t_path, way)
+        if self.pulls:
+            self.add(Unlink(self.work / "image"), Unlink(self.work / self.alias))
+            self.add(Unlink(directory / self.alias))
+        if final != self.t_path:
+            self.add(TakeAttributes(final, self.t_path), Sync(self.t_path))
+            if self.options.keep_files:
+                self.add(HardLink(final, final.with_name(final.name + SAVED_SUFFIX)))
+            if self.options.names == "kept":
+                # One rename is the switch: before it j is the old file, after it the new.
+                self.add(Rename(self.t_path, final), Sync(final.parent))
+            else:
+                # t keeps its name until whatever backs on it knows the other one.
+                spare = final.with_name(f"{WORK_PREFIX}{self.token}.new")
+                self.add(HardLink(self.t_path, spare), Rename(spare, final), Sync(final.parent))
+        if self.options.names != "kept" and final != self.j_path and self.above is not None:
+            name = (
+                os.path.relpath(final, self.above.path.parent)
+                if self.above.relative
+                else str(final)
+            )
+            argv = rebase_unsafe_argv(self.above.path, self.above.format, name, self.t.format)
+            label = f"re-point {self.above.path.name}"
+            self.add(Command(tuple(argv), label=label), Sync(self.above.path))
+        if self.options.names == "lowest" and final != self.t_path and not self.options.keep_files:
+            self.add(Unlink(self.t_path))
+        if way != name_there and moves:
+            self.point_to(final, name_there)
+        return final
+
+    def delete(self, final: Path) -> None:
+        renamed = self.options.names == "kept" and final != self.t_path
+        directories = {self.t_path.parent}
+        if not self.options.keep_files:
+            for index in self.group.members:
+                path = _absolute(self.layers[index].path)
+                gone = index == self.t_index and (renamed or path == final)
+                if path == final or gone:
+                    continue
+                if index == self.t_index:
+                    continue  # unlinked by the switch
+                self.add(Unlink(path))
+                directories.add(path.parent)
+        self.add(*(Sync(directory) for directory in sorted(directories)))
+
+
+def _absolute(path: Path) -> Path:
+    """Absolute, without following links: the name is what other files refer to."""
+    return Path(os.path.normpath(path.absolute())) if ".." not in path.parts else path.absolute()
+
+
+def sequence(
+    layers: Sequence[Layer],
+    group: Group,
+    candidate: Candidate,
+    options: MergeOptions,
+    token: str,
+    above: Above | None,
+) -> tuple[list[Step], Path]:
+    """The steps that merge `group` by `candidate`, and the path of the result.
+
+    Args:
+        token: makes the names of the work directory and the aliases unique.
+        above: what backs on the kept image, for the policies that re-point it.
+    """
+    builder = _Builder(layers, group, candidate, options, token, above)
+    builder.add(MakeDirectory(builder.work))
+    if builder.t.format == "qcow2":
+        builder.add(Freeze(builder.t_path, builder.work / "before"))
+    if builder.t is not builder.j:
+        builder.commit()
+    if builder.pulls:
+        builder.pull()
+    builder.verify()
+    final = builder.switch()
+    builder.delete(final)
+    if builder.t.format == "qcow2":
+        builder.add(Unlink(builder.work / "before"))
+    builder.add(RemoveDirectory(builder.work), Sync(builder.t_path.parent))
+    return builder.steps, final

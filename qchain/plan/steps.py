@@ -1,0 +1,183 @@
+"""The steps of a plan: small, repeatable, each as JSON, as a shell line, and performed by `run`.
+
+A step says what is done, not how it went: the executor (`qchain.run.execute`)
+performs them in order, a dry run prints them.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = [
+    "Command",
+    "Compare",
+    "Freeze",
+    "HardLink",
+    "MakeDirectory",
+    "RemoveDirectory",
+    "Rename",
+    "Step",
+    "SymbolicLink",
+    "Sync",
+    "TakeAttributes",
+    "Unlink",
+    "shell_line",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """qemu-img with these arguments (the program's name not included), run in `cwd`.
+
+    `weight`: bytes it is expected to move, for progress. `label`: what a person sees.
+    """
+
+    argv: tuple[str, ...]
+    cwd: Path | None = None
+    weight: int = 0
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Freeze:
+    """Keep a copy of the map of `image` in `into`, so that its old view can be read later."""
+
+    image: Path
+    into: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """The kept point `old`, as it read before, against the new view of `new`.
+
+    `below`: the chain that `new` is to be read over, whatever its header names.
+    """
+
+    old: Path
+    new: Path
+    below: Path | None
+    weight: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MakeDirectory:
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveDirectory:
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class HardLink:
+    existing: Path
+    link: Path
+
+
+@dataclass(frozen=True, slots=True)
+class SymbolicLink:
+    target: Path
+    link: Path
+
+
+@dataclass(frozen=True, slots=True)
+class TakeAttributes:
+    """`target` takes mode, owner, ACLs, extended attributes and labels of `source`."""
+
+    source: Path
+    target: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Sync:
+    """fsync of a file, or of a directory."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    old: Path
+    new: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Unlink:
+    path: Path
+
+
+Step = (
+    Command
+    | Freeze
+    | Compare
+    | MakeDirectory
+    | RemoveDirectory
+    | HardLink
+    | SymbolicLink
+    | TakeAttributes
+    | Sync
+    | Rename
+    | Unlink
+)
+
+
+def arguments(step: Step, program: str = "qemu-img") -> list[str] | None:
+    """The command that does the same by hand; None where there is none."""
+    match step:
+        case Command(argv):
+            return [program, *argv]
+        case Compare(old, new):
+            return [program, "compare", "-f", "qcow2", "-F", "qcow2", str(new), str(old)]
+        case MakeDirectory(path):
+            return ["mkdir", "-m", "700", "--", str(path)]
+        case RemoveDirectory(path):
+            return ["rmdir", "--", str(path)]
+        case HardLink(existing, link):
+            return ["ln", "--", str(existing), str(link)]
+        case SymbolicLink(target, link):
+            return ["ln", "-s", "--", str(target), str(link)]
+        case TakeAttributes(source, target):
+            return [
+                "cp", "--attributes-only", "--preserve=mode,ownership,xattr", "--",
+                str(source), str(target),
+            ]  # fmt: skip
+        case Sync(path):
+            return ["sync", "--", str(path)]
+        case Rename(old, new):
+            return ["mv", "-T", "--", str(old), str(new)]
+        case Unlink(path):
+            return ["rm", "-f", "--", str(path)]
+        case Freeze():
+            return None
+
+
+def shell_line(step: Step, program: str = "qemu-img") -> str | None:
+    """The step as one line for a shell, quoted; None where nothing is to be typed."""
+    words = arguments(step, program)
+    if words is None:
+        return None
+    line = shlex.join(words)
+    if isinstance(step, Command) and step.cwd is not None:
+        return f"(cd {shlex.quote(str(step.cwd))} && {line})"
+    return line
+
+
+def as_json(step: Step, program: str = "qemu-img") -> dict[str, object]:
+    """The step for `--json`: argv, rename, unlink, compare or freeze."""
+    match step:
+        case Rename(old, new):
+            return {"rename": [str(old), str(new)]}
+        case Unlink(path):
+            return {"unlink": str(path)}
+        case Compare(old, new, below):
+            return {"compare": [str(old), str(new)], "below": None if below is None else str(below)}
+        case Freeze(image, into):
+            return {"freeze": [str(image), str(into)]}
+        case _:
+            out: dict[str, object] = {"argv": arguments(step, program)}
+            if isinstance(step, Command) and step.cwd is not None:
+                out["cwd"] = str(step.cwd)
+            return out

@@ -1,0 +1,173 @@
+"""Header extensions: the area behind the header, and what is known of it.
+
+Source: the qcow2 specification, "Header extensions"; the limits are those of
+qemu's `qcow2_read_extensions`. Every length is checked against the area, and
+the number of extensions and names kept is bounded, whatever the image says.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from qchain.qcow2.findings import Finding, Level
+from qchain.qcow2.structures import BITMAPS_EXTENSION, EXTENSION_HEAD, FEATURE_NAME, LUKS_POINTER
+
+__all__ = ["BitmapsExtension", "Extension", "Extensions", "LuksPointer", "text_of"]
+
+BACKING_FORMAT = 0xE2792ACA
+FEATURE_NAMES = 0x6803F857
+BITMAPS = 0x23852875
+LUKS = 0x0537BE77
+DATA_FILE = 0x44415441
+
+_HEAD = EXTENSION_HEAD.sizeof()
+# qemu writes at most six. A 2 MiB cluster full of empty ones would cost seconds.
+_MAX_EXTENSIONS = 1024
+# Three bitmaps of 64 bits: more names than bits are of no use.
+_MAX_FEATURE_NAMES = 192
+_MAX_BITMAPS = 65535
+_MAX_DIRECTORY = 1024 * _MAX_BITMAPS
+
+
+class Extension(NamedTuple):
+    """One extension as it lies in the file, padding removed."""
+
+    type: int
+    data: bytes
+
+
+class LuksPointer(NamedTuple):
+    """Where the LUKS header is: offset and length in bytes."""
+
+    offset: int
+    length: int
+
+
+class BitmapsExtension(NamedTuple):
+    """Where the bitmap directory is: sizes and offsets in bytes."""
+
+    nb_bitmaps: int
+    directory_size: int
+    directory_offset: int
+
+
+@dataclass(slots=True)
+class Extensions:
+    """All extensions of one header, those known decoded, and what is wrong with them."""
+
+    all: list[Extension] = field(default_factory=list)
+    backing_format: str | None = None
+    data_file_name: str | None = None
+    feature_names: dict[tuple[int, int], str] = field(default_factory=dict)
+    bitmaps: BitmapsExtension | None = None
+    luks: LuksPointer | None = None
+    findings: list[Finding] = field(default_factory=list)
+
+    def _invalid(self, text: str) -> None:
+        self.findings.append(Finding(text, Level.INVALID))
+
+    def read(self, area: bytes, start: int, end: int) -> int:
+        """Walk the extensions within [start, end).
+
+        Args:
+            area: the first bytes of the file, up to `end` or the end of the file; what
+                the file does not hold reads as zeroes, as in qemu.
+            start: end of the header.
+            end: start of the backing file name, or end of the first cluster.
+
+        Returns: how far it looked. If that is beyond `area`, and the file is longer,
+            the walk has to be repeated with more of it.
+        """
+        position = start
+        while position < end:
+            head = EXTENSION_HEAD.parse(area[position : position + _HEAD].ljust(_HEAD, b"\0"))
+            reached = position + _HEAD
+            if head.type == 0 and head.length == 0:
+                return reached
+            if head.length > end - reached:
+                self._invalid(
+                    f"header extension {head.type:#010x} at offset {position} "
+                    f"runs out of its area, which ends at {end}"
+                )
+                return reached
+            position = reached
+            if head.type == 0:
+                return reached
+            reached += head.length
+            data = area[position:reached]
+            if len(data) < head.length:
+                self._invalid(f"header extension {head.type:#010x} ends beyond the file")
+                return reached
+            if len(self.all) == _MAX_EXTENSIONS:
+                self._invalid(f"more than {_MAX_EXTENSIONS} header extensions")
+                return reached
+            self.all.append(Extension(head.type, data))
+            position += -(-head.length // 8) * 8
+        return position
+
+    def decode(self, *, cluster_size: int, crypt_method: int, bitmaps_valid: bool) -> None:
+        """Decode those that are known. `bitmaps_valid`: the autoclear bit of bitmaps."""
+        for kind, data in self.all:
+            if kind == BACKING_FORMAT:
+                if len(data) >= 16:
+                    self._invalid(f"backing format name of {len(data)} bytes, more than 15")
+                else:
+                    self.backing_format = text_of(data) or None
+            elif kind == DATA_FILE:
+                self.data_file_name = text_of(data) or None
+            elif kind == FEATURE_NAMES:
+                self._decode_feature_names(data)
+            elif kind == LUKS:
+                self._decode_luks(data, cluster_size, crypt_method)
+            elif kind == BITMAPS:
+                self._decode_bitmaps(data, cluster_size, bitmaps_valid)
+
+    def _decode_feature_names(self, data: bytes) -> None:
+        size = FEATURE_NAME.sizeof()
+        for start in range(0, min(len(data) // size, _MAX_FEATURE_NAMES) * size, size):
+            entry = FEATURE_NAME.parse(data[start : start + size])
+            name = entry.name.split(b"\0")[0].decode("utf-8", "replace")
+            self.feature_names.setdefault((entry.type, entry.bit), name)
+
+    def _decode_luks(self, data: bytes, cluster_size: int, crypt_method: int) -> None:
+        if crypt_method != 2:
+            self._invalid("pointer to a LUKS header, but the encryption is not LUKS")
+        elif len(data) != LUKS_POINTER.sizeof():
+            self._invalid(f"LUKS header extension of {len(data)} bytes, 16 are right")
+        else:
+            entry = LUKS_POINTER.parse(data)
+            self.luks = LuksPointer(entry.offset, entry.length)
+            if entry.offset % cluster_size:
+                self._invalid(f"LUKS header offset {entry.offset} is not cluster-aligned")
+
+    def _decode_bitmaps(self, data: bytes, cluster_size: int, valid: bool) -> None:
+        if len(data) != BITMAPS_EXTENSION.sizeof():
+            self._invalid(f"bitmaps extension of {len(data)} bytes, 24 are right")
+            return
+        if not valid:
+            # A program that does not know bitmaps wrote to the image: they are stale.
+            self.findings.append(
+                Finding("bitmaps are stale: their autoclear bit is not set", Level.WARNING)
+            )
+            return
+        entry = BITMAPS_EXTENSION.parse(data)
+        self.bitmaps = BitmapsExtension(
+            entry.nb_bitmaps, entry.directory_size, entry.directory_offset
+        )
+        if entry.reserved:
+            self._invalid("reserved field of the bitmaps extension is not zero")
+        if not 1 <= entry.nb_bitmaps <= _MAX_BITMAPS:
+            self._invalid(f"{entry.nb_bitmaps} bitmaps, not 1 to {_MAX_BITMAPS}")
+        if entry.directory_offset % cluster_size:
+            self._invalid(
+                f"bitmap directory offset {entry.directory_offset} is not cluster-aligned"
+            )
+        if entry.directory_size > _MAX_DIRECTORY:
+            self._invalid(f"bitmap directory of {entry.directory_size} bytes is too large")
+
+
+def text_of(raw: bytes) -> str:
+    """A name as qemu takes it: up to the first NUL, any bytes kept (`os.fsencode` gives them)."""
+    return os.fsdecode(raw.split(b"\0")[0])

@@ -1,0 +1,350 @@
+"""Run qemu-img: the command lines that qchain uses, and one careful way to run them.
+
+The builders are pure, so that a dry run prints precisely what a merge executes.
+Facts behind them (measured with 7.2): a plain `rebase` is not crash-safe, `commit
+-b` implies `-d`, and a header name is resolved from the text of the overlay's name,
+never from its real path.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from qchain.errors import FailedMidway, ImageError
+
+__all__ = [
+    "QemuImg",
+    "QemuImgError",
+    "commit_argv",
+    "create_empty_argv",
+    "image_opts",
+    "rebase_safe_argv",
+    "rebase_unsafe_argv",
+    "rebase_writethrough_argv",
+    "resize_shrink_argv",
+    "safe_name",
+]
+
+_STDERR_LIMIT = 64 * 1024  # bytes kept; a hostile image must not fill our memory
+_STDOUT_LIMIT = 64 * 1024 * 1024
+_INFO_ADDRESS_SPACE = 1 << 30  # bytes; what OpenStack allows after CVE-2024-32498
+_INFO_VERBS = frozenset({"info", "map", "measure"})
+_PROGRESS = re.compile(rb"\(\s*(\d+(?:\.\d+)?)/100%\)")
+_KILL_AFTER = 1.0  # seconds between TERM and KILL
+
+
+class QemuImgError(FailedMidway):
+    """qemu-img ended with an error: `verb`, `status` (negative: the signal), `detail`."""
+
+    def __init__(self, verb: str, status: int, detail: str) -> None:
+        ended = f"killed by signal {-status}" if status < 0 else f"exit code {status}"
+        super().__init__(f"qemu-img {verb}", f"{detail} ({ended})" if detail else ended)
+        self.verb = verb
+        self.status = status
+        self.detail = detail
+
+
+def safe_name(name: str | Path) -> str:
+    """`name` so that qemu-img takes it for a file: neither an option nor a protocol.
+
+    A relative name with a colon or a leading dash goes behind './'.
+    """
+    text = _not_a_protocol(os.fspath(name))
+    return f"./{text}" if text.startswith("-") else text
+
+
+def _not_a_protocol(name: str) -> str:
+    return f"./{name}" if ":" in name.partition("/")[0] else name
+
+
+def image_opts(options: Mapping[str, str | Path]) -> str:
+    """The argument of --image-opts: `key=value,...`, commas in values doubled."""
+    return ",".join(f"{key}={os.fspath(v).replace(',', ',,')}" for key, v in options.items())
+
+
+def commit_argv(base: str | Path, top: str | Path, top_format: str = "qcow2") -> list[str]:
+    """Write what lies above `base`, up to `top`, into `base`; `top` keeps its data.
+
+    `base` by an absolute name: qemu matches it by real path. -b implies -d, said
+    here so that a reader need not know it. The base's format is what its overlay
+    records.
+    """
+    return ["commit", "-p", "-d", "-f", top_format, "-b", safe_name(base), safe_name(top)]
+
+
+def rebase_unsafe_argv(
+    image: str | Path,
+    image_format: str,
+    backing: str | Path | None,
+    backing_format: str | None = None,
+) -> list[str]:
+    """Write only the header: `image` backs on `backing` (None: on nothing) from now on."""
+    argv = ["rebase", "-u", "-f", image_format]
+    return [*argv, *_backing_arguments(backing, backing_format), safe_name(image)]
+
+
+def rebase_writethrough_argv(
+    image: str | Path,
+    image_format: str,
+    backing: str | Path | None,
+    backing_format: str | None = None,
+) -> list[str]:
+    """A pull in one command, for where the two-phase pull is impossible.
+
+    Writethrough orders the L2 tables before the header, at about four times the time.
+    """
+    argv = ["rebase", "-p", "-t", "writethrough", "-f", image_format]
+    return [*argv, *_backing_arguments(backing, backing_format), safe_name(image)]
+
+
+def rebase_safe_argv(
+    link: str | Path, alias: str, present: str | Path, present_format: str
+) -> list[str]:
+    """The first phase of a two-phase pull; to be run with `cwd` = the image's directory.
+
+    `link`: the hard link to the image, `WORK/image`, absolute (qemu looks for the new
+    backing in the chain by names made absolute from it).
+    `alias`: a bare name, found in WORK (there it is the new backing) and beside the
+    image (there it is a qcow2 overlay, empty, of the image's present backing).
+    `present`: the backing name exactly as the image's header has it. qemu resolves
+    `-b` from the image's name only while the backing is not overridden, and by
+    `bdrv_backing_overridden` it is not when the strings are equal; hence the
+    verbatim name and the working directory from which it is right.
+
+    -F is the format of the alias *beside the image*, for it goes into the header.
+    A new backing found in the chain is never opened by it, so it may be raw; one
+    outside the chain must be put behind an empty qcow2 overlay.
+    """
+    options: dict[str, str | Path] = {
+        "driver": "qcow2",
+        "file.filename": link,
+        # With lazy refcounts nothing makes qemu flush a pulled cluster before the L2
+        # table that names it: power loss would leave the table without the data.
+        "lazy-refcounts": "off",
+        "backing.driver": present_format,
+        # No file.driver: qemu tells files from block devices itself, and does
+        # not look for protocol prefixes in an option's value.
+        "backing.file.filename": present,
+    }
+    return ["rebase", "-p", "--image-opts", "-b", alias, "-F", "qcow2", image_opts(options)]
+
+
+def create_empty_argv(
+    path: str | Path,
+    size: int,
+    backing: str | Path | None = None,
+    backing_format: str | None = None,
+) -> list[str]:
+    """A new qcow2 image of `size` bytes that allocates nothing.
+
+    -u: the backing file is not opened. Without it, creation would open the chain.
+    """
+    argv = ["create", "-q", "-f", "qcow2"]
+    if backing is not None:
+        argv += ["-u", *_backing_arguments(backing, backing_format)]
+    return [*argv, safe_name(path), str(size)]
+
+
+def resize_shrink_argv(image: str | Path, image_format: str, size: int) -> list[str]:
+    """Cut `image` to `size` bytes: after a commit of a shorter top."""
+    return ["resize", "-q", "--shrink", "-f", image_format, safe_name(image), str(size)]
+
+
+def _backing_arguments(backing: str | Path | None, backing_format: str | None) -> list[str]:
+    if backing is None:
+        return ["-b", ""]
+    if backing_format is None:
+        raise ValueError("a backing file's format is always said, never probed")
+    # What -b says goes into the header verbatim. It is an option's value, so that a
+    # leading dash needs nothing.
+    return ["-b", _not_a_protocol(os.fspath(backing)), "-F", backing_format]
+
+
+class QemuImg:
+    """The qemu-img to use: `program`, else $QCHAIN_QEMU_IMG, else the one in PATH."""
+
+    def __init__(self, program: str | Path | None = None) -> None:
+        name = os.fspath(program or os.environ.get("QCHAIN_QEMU_IMG") or "qemu-img")
+        found = shutil.which(name)
+        if found is None:
+            raise ImageError(
+                name, "not found or not executable", "install qemu-utils or set QCHAIN_QEMU_IMG"
+            )
+        # Absolute: a command may run in another directory.
+        self.program = str(Path(found).absolute())
+
+    def version(self) -> tuple[int, int, int]:
+        """Major, minor, micro. Raises `ImageError` when the program is no qemu-img."""
+        text = self.read(["--version"])
+        match = re.match(r"qemu-img version (\d+)\.(\d+)(?:\.(\d+))?", text)
+        if match is None:
+            raise ImageError(self.program, "does not say its version", "set QCHAIN_QEMU_IMG")
+        major, minor, micro = match.groups(default="0")
+        return int(major), int(minor), int(micro)
+
+    def read(self, argv: Sequence[str], cwd: str | Path | None = None) -> str:
+        """What a reading command prints. Raises `ImageError` when it fails."""
+        status, output, detail = self._execute(argv, None, cwd)
+        if status != 0:
+            raise ImageError(f"qemu-img {argv[0]}", detail or f"exit code {status}")
+        return output.decode("utf-8", "surrogateescape")
+
+    def run(
+        self,
+        argv: Sequence[str],
+        progress: Callable[[float], None] | None = None,
+        cwd: str | Path | None = None,
+    ) -> None:
+        """Run `qemu-img *argv` to its end; `progress` hears fractions 0..1 of -p.
+
+        Raises `QemuImgError` for any exit code but 0 (and 0 is not evidence: the
+        caller verifies). On KeyboardInterrupt, or any other exception, the child
+        is ended and waited for before it propagates; so it is on SIGTERM, where
+        nobody else handles that signal.
+        """
+        status, _, detail = self._execute(argv, progress, cwd)
+        if status != 0:
+            raise QemuImgError(argv[0], status, detail)
+
+    def _execute(
+        self,
+        argv: Sequence[str],
+        progress: Callable[[float], None] | None,
+        cwd: str | Path | None,
+    ) -> tuple[int, bytes, str]:
+        with _interrupt_on_sigterm():
+            child = self._start(argv, cwd)
+            try:
+                if argv[0] in _INFO_VERBS:
+                    _limit(child.pid, resource.RLIMIT_AS, _INFO_ADDRESS_SPACE)
+                assert child.stdout is not None and child.stderr is not None
+                errors: list[bytes] = []
+                listener = threading.Thread(
+                    target=_drain, args=(child.stderr, errors), daemon=True, name="qemu-img-stderr"
+                )
+                listener.start()
+                output = _listen(child.stdout, progress)
+                status = child.wait()
+                listener.join()
+            except BaseException:
+                _end(child)
+                raise
+            finally:
+                for pipe in (child.stdout, child.stderr):
+                    if pipe is not None:
+                        pipe.close()
+        lines = b"".join(errors).decode("utf-8", "replace").strip().splitlines()
+        return status, output, lines[0].removeprefix("qemu-img: ") if lines else ""
+
+    def _start(self, argv: Sequence[str], cwd: str | Path | None) -> subprocess.Popen[bytes]:
+        try:
+            with _inherited_limits():
+                return subprocess.Popen(
+                    [self.program, *argv],
+                    bufsize=0,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    cwd=cwd,
+                    env={**os.environ, "LC_ALL": "C"},
+                    # A terminal's ^C reaches us, and we decide what becomes of the child.
+                    process_group=0,
+                )
+        except (OSError, ValueError) as error:
+            raise ImageError(
+                self.program, f"cannot be run: {error}", "set QCHAIN_QEMU_IMG"
+            ) from None
+
+
+def _listen(pipe: IO[bytes], progress: Callable[[float], None] | None) -> bytes:
+    """All output, as far as it is not progress; each progress mark is reported once."""
+    kept = bytearray()
+    while chunk := pipe.read(65536):
+        kept += chunk
+        if progress is not None and (marks := list(_PROGRESS.finditer(kept))):
+            progress(min(float(marks[-1][1]) / 100, 1.0))
+            # A mark may be cut by the end of the chunk: keep what follows the last.
+            del kept[: marks[-1].end()]
+        if len(kept) > _STDOUT_LIMIT:
+            raise ImageError("qemu-img", "prints without end", "inspect the image by hand")
+    return bytes(kept)
+
+
+def _drain(pipe: IO[bytes], kept: list[bytes]) -> None:
+    """Keep the beginning, read the rest: a full pipe would block the child."""
+    room = _STDERR_LIMIT
+    while chunk := pipe.read(65536):
+        kept.append(chunk[:room])
+        room -= len(kept[-1])
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """TERM, after a second KILL, and in any case wait: no writer may outlive us."""
+    child.terminate()
+    try:
+        child.wait(_KILL_AFTER)
+    except BaseException:  # a second ^C included
+        child.kill()
+        child.wait()
+
+
+def _limit(pid: int, kind: int, soft: int) -> None:
+    """Lower a limit of a running child; one that has ended needs none."""
+    try:
+        hard = resource.prlimit(pid, kind)[1]
+        resource.prlimit(pid, kind, (soft if hard < 0 else min(soft, hard), hard))
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+_limits_lock = threading.Lock()
+
+
+@contextmanager
+def _inherited_limits() -> Iterator[None]:
+    """No core dumps (they hold guests' data), as many descriptors as we may have.
+
+    Set here for the moment of the fork and inherited: code between fork and exec
+    (`preexec_fn`) may deadlock where there are threads.
+    """
+    with _limits_lock:
+        core = resource.getrlimit(resource.RLIMIT_CORE)
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, core[1]))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_CORE, core)
+            resource.setrlimit(resource.RLIMIT_NOFILE, files)
+
+
+@contextmanager
+def _interrupt_on_sigterm() -> Iterator[None]:
+    """SIGTERM becomes KeyboardInterrupt, unless somebody handles it already."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    # Only the main thread may change handlers; in others the owner of main decides.
+    mine = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+    if mine:
+        signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,98 @@
+"""Two points side by side: where they resolve to the same place, and where they might differ.
+
+A   |--A0---|--hole--|----A1-----|
+B   |--A0---|-----B0------|--A1--|        (A0: the same file and offset)
+pair  same    differ? differ?  same
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from qchain.chain.layer import Layer
+from qchain.chain.resolve import Runs, runs, windows
+from qchain.hostfile import FileId
+from qchain.qcow2.entries import NO_HOST, Kind
+
+__all__ = ["Pairs", "pair_up"]
+
+
+@dataclass(slots=True)
+class Pairs:
+    """Aligned segments of two points: run i of `a` and run i of `b` cover the same guest bytes.
+
+    `same`: shape (n,), both resolve to the same (device, inode, offset). `zero`: both
+    read as zeroes without looking.
+    """
+
+    a: Runs
+    b: Runs
+    same: npt.NDArray[np.bool_]
+    zero: npt.NDArray[np.bool_]
+
+
+def _files(a: Sequence[Layer], b: Sequence[Layer]) -> tuple[npt.NDArray[np.int64], ...]:
+    numbers: dict[FileId, int] = {}
+    return tuple(
+        np.array([numbers.setdefault(layer.data.id, len(numbers)) for layer in side], np.int64)
+        for side in (a, b)
+    )
+
+
+def _reads_zero(kind: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    out: npt.NDArray[np.bool_] = (kind != Kind.DATA) & (kind != Kind.COMPRESSED)
+    return out
+
+
+def _split(table: Runs, starts: npt.NDArray[np.int64], end: int) -> Runs:
+    index = np.searchsorted(table.start, starts, "right") - 1
+    moves = (table.host[index] != NO_HOST) & (table.kind[index] != Kind.COMPRESSED)
+    shift = np.where(moves, starts - table.start[index], 0).astype(np.uint64)
+    lengths = np.diff(np.append(starts, end))
+    return Runs(starts, lengths, table.depth[index], table.kind[index], table.host[index] + shift)
+
+
+def _side(layers: Sequence[Layer], start: int, end: int) -> Runs:
+    """The runs of [start, end), zero beyond the end of the disk."""
+    tables = list(runs(layers, start, min(end, layers[0].size))) if start < layers[0].size else []
+    if layers[0].size < end:
+        begin = max(start, layers[0].size)
+        tables.append(
+            Runs(
+                np.array([begin], np.int64),
+                np.array([end - begin], np.int64),
+                np.zeros(1, np.int32),
+                np.array([Kind.PAST_END], np.uint8),
+                np.array([NO_HOST], np.uint64),
+            )
+        )
+    if len(tables) == 1:
+        return tables[0]
+    return Runs(
+        *(np.concatenate([getattr(table, name) for table in tables]) for name in Runs.__slots__)
+    )
+
+
+def pair_up(a: Sequence[Layer], b: Sequence[Layer]) -> Iterator[Pairs]:
+    """Both points (layers, active first) over the longer one's size, in windows."""
+    file_a, file_b = _files(a, b)
+    longer = a if a[0].size >= b[0].size else b
+    finest = min((*a, *b), key=lambda layer: layer.granularity)
+    # Windows of the finer side bound the memory of both.
+    for start, end in windows([longer[0], finest], 0, longer[0].size):
+        left, right = _side(a, start, end), _side(b, start, end)
+        starts = np.union1d(left.start, right.start)
+        left, right = _split(left, starts, end), _split(right, starts, end)
+        zero = _reads_zero(left.kind) & _reads_zero(right.kind)
+        same = (
+            (file_a[left.depth] == file_b[right.depth])
+            & (left.host == right.host)
+            & (left.kind == right.kind)
+            & (left.host != NO_HOST)
+            & ~_reads_zero(left.kind)
+        )
+        yield Pairs(left, right, same, zero)
