@@ -19,6 +19,7 @@ from qchain.plan.selection import Group
 from qchain.plan.steps import (
     Command,
     Compare,
+    Confirm,
     Freeze,
     HardLink,
     MakeDirectory,
@@ -97,7 +98,9 @@ class _Builder:
     def point_to(self, image: Path, name: str | None) -> None:
         """Write a header: `image` backs on `name` from now on; made durable."""
         argv = rebase_unsafe_argv(image, self.t.format, name, self.backing_format())
-        self.add(Command(tuple(argv), label=f"re-point {image.name}"), Sync(image))
+        below = None if self.group.below is None else _absolute(self.layers[self.group.below].path)
+        self.add(Command(tuple(argv), label=f"re-point {image.name}", writes=(image,)), Sync(image))
+        self.add(Confirm(image, below))
 
     # --- the phases ----------------------------------------------------------------
 
@@ -107,11 +110,21 @@ class _Builder:
         argv = commit_argv(self.t_path, self.j_path, self.j.format)
         label = f"commit {self.j_path.name} into {self.t_path.name}"
         weight = self.candidate.traffic.commit_bytes
-        self.add(Command(tuple(argv), weight=weight, label=label), Sync(self.t_path))
+        self.add(
+            Command(
+                tuple(argv),
+                weight=weight,
+                label=label,
+                writes=(self.t_path, self.j_path),
+                commits=True,
+            ),
+            Sync(self.t_path),
+        )
         if self.t.size > self.j.size:
             # j never reads beyond its own size.
             shrink = resize_shrink_argv(self.t_path, self.t.format, self.j.size)
-            self.add(Command(tuple(shrink), label=f"shrink {self.t_path.name}"))
+            label = f"shrink {self.t_path.name}"
+            self.add(Command(tuple(shrink), label=label, writes=(self.t_path,)))
             self.add(Sync(self.t_path))
 
     def pull(self) -> None:
@@ -162,7 +175,9 @@ class _Builder:
         argv = rebase_safe_argv(link, self.alias, present.name, present.format)
         label = f"pull into {self.t_path.name}"
         weight = self.candidate.traffic.pull_bytes
-        self.add(Command(tuple(argv), cwd=directory, weight=weight, label=label))
+        self.add(
+            Command(tuple(argv), cwd=directory, weight=weight, label=label, writes=(self.t_path,))
+        )
         self.add(Sync(self.t_path))
 
     def verify(self) -> None:
@@ -171,7 +186,9 @@ class _Builder:
         new = self.work / "image" if self.pulls else self.t_path
         below = None if self.group.below is None else _absolute(self.layers[self.group.below].path)
         moved = self.candidate.traffic.commit_bytes + self.candidate.traffic.pull_bytes
-        self.add(Compare(self.j_path, new, below, weight=moved))
+        if self.options.verify == "full":
+            moved = self.j.size
+        self.add(Compare(self.j_path, new, below, self.j.format, self.t.format, moved))
 
     def switch(self) -> Path:
         """Give the result its name; returns it."""
@@ -213,7 +230,9 @@ class _Builder:
             )
             argv = rebase_unsafe_argv(self.above.path, self.above.format, name, self.t.format)
             label = f"re-point {self.above.path.name}"
-            self.add(Command(tuple(argv), label=label), Sync(self.above.path))
+            self.add(Command(tuple(argv), label=label, writes=(self.above.path,)))
+            self.add(Sync(self.above.path))
+            self.add(Confirm(self.above.path, final))
         if self.options.names == "lowest" and final != self.t_path and not self.options.keep_files:
             self.add(Unlink(self.t_path))
         if way != name_there and moves:
@@ -267,6 +286,6 @@ def sequence(
     final = builder.switch()
     builder.delete(final)
     if builder.t.format == "qcow2":
-        builder.add(Unlink(builder.work / "before"))
+        builder.add(Unlink(builder.work / "before"), Unlink(builder.work / "rescued"))
     builder.add(RemoveDirectory(builder.work), Sync(builder.t_path.parent))
     return builder.steps, final

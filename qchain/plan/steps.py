@@ -13,6 +13,7 @@ from pathlib import Path
 __all__ = [
     "Command",
     "Compare",
+    "Confirm",
     "Freeze",
     "HardLink",
     "MakeDirectory",
@@ -38,6 +39,10 @@ class Command:
     cwd: Path | None = None
     weight: int = 0
     label: str = ""
+    writes: tuple[Path, ...] = ()
+    """Images that qemu-img opens for writing: their locks are handed over to it."""
+    commits: bool = False
+    """A commit also needs "consistent read" of what lies between its top and its base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,20 @@ class Compare:
     old: Path
     new: Path
     below: Path | None
+    old_format: str = "qcow2"
+    new_format: str = "qcow2"
     weight: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Confirm:
+    """The header of `image`, read again, names `backing` (None: nothing) as its backing file.
+
+    An exit code is not evidence: what was the backing before goes away only after this.
+    """
+
+    image: Path
+    backing: Path | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +131,7 @@ Step = (
     Command
     | Freeze
     | Compare
+    | Confirm
     | MakeDirectory
     | RemoveDirectory
     | HardLink
@@ -129,8 +148,8 @@ def arguments(step: Step, program: str = "qemu-img") -> list[str] | None:
     match step:
         case Command(argv):
             return [program, *argv]
-        case Compare(old, new):
-            return [program, "compare", "-f", "qcow2", "-F", "qcow2", str(new), str(old)]
+        case Compare(old, new, _, old_format, new_format):
+            return [program, "compare", "-f", new_format, "-F", old_format, str(new), str(old)]
         case MakeDirectory(path):
             return ["mkdir", "-m", "700", "--", str(path)]
         case RemoveDirectory(path):
@@ -150,7 +169,7 @@ def arguments(step: Step, program: str = "qemu-img") -> list[str] | None:
             return ["mv", "-T", "--", str(old), str(new)]
         case Unlink(path):
             return ["rm", "-f", "--", str(path)]
-        case Freeze():
+        case Freeze() | Confirm():
             return None
 
 
@@ -174,6 +193,8 @@ def as_json(step: Step, program: str = "qemu-img") -> dict[str, object]:
             return {"unlink": str(path)}
         case Compare(old, new, below):
             return {"compare": [str(old), str(new)], "below": None if below is None else str(below)}
+        case Confirm(image, backing):
+            return {"confirm": [str(image), None if backing is None else str(backing)]}
         case Freeze(image, into):
             return {"freeze": [str(image), str(into)]}
         case _:

@@ -14,7 +14,15 @@ from typing import NamedTuple
 from qchain.qcow2.findings import Finding, Level
 from qchain.qcow2.structures import BITMAPS_EXTENSION, EXTENSION_HEAD, FEATURE_NAME, LUKS_POINTER
 
-__all__ = ["BitmapsExtension", "Extension", "Extensions", "LuksPointer", "text_of"]
+__all__ = [
+    "MAX_BITMAPS",
+    "MAX_BITMAP_DIRECTORY",
+    "BitmapsExtension",
+    "Extension",
+    "Extensions",
+    "LuksPointer",
+    "text_of",
+]
 
 BACKING_FORMAT = 0xE2792ACA
 FEATURE_NAMES = 0x6803F857
@@ -27,8 +35,8 @@ _HEAD = EXTENSION_HEAD.sizeof()
 _MAX_EXTENSIONS = 1024
 # Three bitmaps of 64 bits: more names than bits are of no use.
 _MAX_FEATURE_NAMES = 192
-_MAX_BITMAPS = 65535
-_MAX_DIRECTORY = 1024 * _MAX_BITMAPS
+MAX_BITMAPS = 65535
+MAX_BITMAP_DIRECTORY = 1024 * MAX_BITMAPS
 
 
 class Extension(NamedTuple):
@@ -83,7 +91,7 @@ class Extensions:
         position = start
         while position < end:
             head = EXTENSION_HEAD.parse(area[position : position + _HEAD].ljust(_HEAD, b"\0"))
-            reached = position + _HEAD
+            reached: int = position + _HEAD
             if head.type == 0 and head.length == 0:
                 return reached
             if head.length > end - reached:
@@ -158,13 +166,13 @@ class Extensions:
         )
         if entry.reserved:
             self._invalid("reserved field of the bitmaps extension is not zero")
-        if not 1 <= entry.nb_bitmaps <= _MAX_BITMAPS:
-            self._invalid(f"{entry.nb_bitmaps} bitmaps, not 1 to {_MAX_BITMAPS}")
+        if not 1 <= entry.nb_bitmaps <= MAX_BITMAPS:
+            self._invalid(f"{entry.nb_bitmaps} bitmaps, not 1 to {MAX_BITMAPS}")
         if entry.directory_offset % cluster_size:
             self._invalid(
                 f"bitmap directory offset {entry.directory_offset} is not cluster-aligned"
             )
-        if entry.directory_size > _MAX_DIRECTORY:
+        if entry.directory_size > MAX_BITMAP_DIRECTORY:
             self._invalid(f"bitmap directory of {entry.directory_size} bytes is too large")
 
 

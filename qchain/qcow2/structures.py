@@ -36,6 +36,7 @@ from construct import (
 __all__ = [
     "BITMAPS_EXTENSION",
     "BITMAP_ENTRY",
+    "BITMAP_ENTRY_HEAD",
     "BITMAP_TABLE_ENTRY",
     "EXTENSION",
     "EXTENSION_HEAD",
@@ -47,6 +48,7 @@ __all__ = [
     "MAGIC",
     "REFCOUNT_TABLE_ENTRY",
     "SNAPSHOT_ENTRY",
+    "SNAPSHOT_ENTRY_HEAD",
     "SNAPSHOT_EXTRA",
     "SUBCLUSTER_BITMAP",
     "l2_entry",
@@ -225,18 +227,22 @@ SNAPSHOT_EXTRA: Any = Struct(
     "icount" / Int64ub,  # all ones: none
 )
 
+SNAPSHOT_ENTRY_HEAD: Any = Struct(
+    "l1_table_offset" / Int64ub,  # cluster-aligned
+    "l1_size" / Int32ub,  # entries
+    "id_size" / Int16ub,
+    "name_size" / Int16ub,
+    "date_sec" / Int32ub,  # since the epoch
+    "date_nsec" / Int32ub,
+    "vm_clock_nsec" / Int64ub,  # guest time since it was started
+    "vm_state_size" / Int32ub,  # bytes; 0: none
+    "extra_size" / Int32ub,  # at least 16 in version 3; qemu: at most 1024
+)
+
 SNAPSHOT_ENTRY: Any = Aligned(
     8,  # every entry starts at a multiple of 8
     Struct(
-        "l1_table_offset" / Int64ub,  # cluster-aligned
-        "l1_size" / Int32ub,  # entries
-        "id_size" / Int16ub,
-        "name_size" / Int16ub,
-        "date_sec" / Int32ub,  # since the epoch
-        "date_nsec" / Int32ub,
-        "vm_clock_nsec" / Int64ub,  # guest time since it was started
-        "vm_state_size" / Int32ub,  # bytes; 0: none
-        "extra_size" / Int32ub,  # at least 16 in version 3; qemu: at most 1024
+        *SNAPSHOT_ENTRY_HEAD.subcons,
         "extra" / Bytes(this.extra_size),
         "id" / Bytes(this.id_size),
         "name" / Bytes(this.name_size),
@@ -245,22 +251,26 @@ SNAPSHOT_ENTRY: Any = Aligned(
 
 # --- Section "Bitmaps" ------------------------------------------------------
 
+BITMAP_ENTRY_HEAD: Any = Struct(
+    "table_offset" / Int64ub,  # of the bitmap table, cluster-aligned
+    "table_size" / Int32ub,  # entries of the bitmap table
+    "flags"
+    / BitStruct(
+        "reserved" / BitsInteger(29),  # bits 3-31
+        "extra_data_compatible" / Flag,  # bit 2: unknown extra data may be ignored
+        "auto" / Flag,  # bit 1: records all writes
+        "in_use" / Flag,  # bit 0: was not stored properly, its content is stale
+    ),
+    "type" / Int8ub,  # 1: dirty tracking bitmap
+    "granularity_bits" / Int8ub,  # one bit covers 1 << granularity_bits bytes; 9 to 31
+    "name_size" / Int16ub,  # at least 1, at most 1023
+    "extra_size" / Int32ub,
+)
+
 BITMAP_ENTRY: Any = Aligned(
-    8,
+    8,  # every entry starts at a multiple of 8
     Struct(
-        "table_offset" / Int64ub,  # of the bitmap table, cluster-aligned
-        "table_size" / Int32ub,  # entries of the bitmap table
-        "flags"
-        / BitStruct(
-            "reserved" / BitsInteger(29),
-            "extra_data_compatible" / Flag,  # unknown extra data may be ignored
-            "auto" / Flag,  # records all writes
-            "in_use" / Flag,  # was not stored properly: its content is stale
-        ),
-        "type" / Int8ub,  # 1: dirty tracking bitmap
-        "granularity_bits" / Int8ub,  # one bit covers 1 << granularity_bits bytes; 9 to 31
-        "name_size" / Int16ub,  # at least 1, at most 1023
-        "extra_size" / Int32ub,
+        *BITMAP_ENTRY_HEAD.subcons,
         "extra" / Bytes(this.extra_size),
         "name" / Bytes(this.name_size),
     ),

@@ -1,0 +1,116 @@
+"""Changes of files and directories that are on the disk when the call returns.
+
+A rename is atomic, but neither it nor the file's data is durable before both the
+file and the directory have been flushed. A flush that failed once is not tried
+again: the kernel has then marked the lost pages as clean, and a second fsync would
+report success (see "Can applications recover from fsync failures?", USENIX ATC 2020).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qchain.errors import FailedMidway
+
+__all__ = [
+    "fsync_directory",
+    "fsync_file",
+    "link_durably",
+    "make_directory_durably",
+    "rename_durably",
+    "symlink_durably",
+    "unlink_durably",
+    "write_durably",
+]
+
+# All functions raise `FailedMidway`, naming the file, when the system refuses.
+
+
+def fsync_file(path: Path) -> None:
+    """Flush what anybody wrote to `path`, a regular file or a block device."""
+    _flush(path, os.O_RDONLY)
+
+
+def fsync_directory(path: Path) -> None:
+    """Flush the names in the directory `path`."""
+    _flush(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def rename_durably(source: Path, target: Path) -> None:
+    """Flush `source`, put it in the place of `target` in one step, flush both directories.
+
+    The flush comes first: a name must never lead to data that is not there yet.
+    """
+    fsync_file(source)
+    with _told(target, "rename to it"):
+        source.rename(target)
+    fsync_directory(target.parent)
+    if source.parent != target.parent:
+        fsync_directory(source.parent)
+
+
+def unlink_durably(path: Path) -> None:
+    """Remove a name that may be gone already (a repeated step); flush the directory."""
+    with _told(path, "remove"):
+        path.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+
+
+def link_durably(path: Path, target: Path) -> None:
+    """Give the file `target` the further name `path`."""
+    with _told(path, "link"):
+        path.hardlink_to(target)
+    fsync_directory(path.parent)
+
+
+def symlink_durably(path: Path, target: Path) -> None:
+    """Make `path` lead to `target`."""
+    with _told(path, "link"):
+        path.symlink_to(target)
+    fsync_directory(path.parent)
+
+
+def make_directory_durably(path: Path, mode: int = 0o700) -> None:
+    """Make the directory `path`; it must not exist."""
+    with _told(path, "make"):
+        path.mkdir(mode)
+    fsync_directory(path.parent)
+
+
+def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """`path` holds all of `data`, or what it held before; never a part."""
+    new = path.with_name(f".qchain-{secrets.token_hex(4)}.new")
+    with _told(path, "write"):
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(data)
+            rename_durably(new, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                new.unlink()
+            raise
+
+
+def _flush(path: Path, flags: int) -> None:
+    with _told(path, "flush"):
+        # O_NONBLOCK: opening must not wait where a name has become a FIFO.
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+@contextmanager
+def _told(path: Path, action: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise FailedMidway(path, f"cannot {action}: {reason}") from None

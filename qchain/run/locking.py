@@ -1,0 +1,80 @@
+"""qemu's locks over a whole chain, held through a merge and handed to qemu-img step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from qchain.chain.layer import Layer
+from qchain.errors import Refused
+from qchain.run.locks import hold_reader, hold_writer, holder_name, keep_unshared, probe, release
+
+__all__ = ["ChainLocks"]
+
+
+class ChainLocks:
+    """A reader's locks on every layer: nobody else may open one for writing.
+
+    Raises `Refused` on entry when an image is in use, by whom if that can be known;
+    nothing was changed then.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = layers
+
+    def __enter__(self) -> ChainLocks:
+        try:
+            for layer in self.layers:
+                state = probe(layer.file.fd)
+                if state.writer or (state.in_use and layer is self.layers[0]):
+                    who = holder_name(layer.file.fd) or "another process"
+                    raise Refused(
+                        layer.path, f"is in use by {who}", "shut the guest off and try again"
+                    )
+                if state.known:
+                    hold_reader(layer.file.fd)
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        for layer in self.layers:
+            if layer.file.fd >= 0 and probe(layer.file.fd).known:
+                release(layer.file.fd)
+
+    @contextmanager
+    def handed_over(self, writes: Iterable[Path], between: Iterable[Layer]) -> Iterator[None]:
+        """Let qemu-img open `writes` for writing, and pass the layers `between` (commit)."""
+        given = [layer for layer in self.layers if _is_any(layer, writes)]
+        passed = list(between)
+        for layer in passed:
+            keep_unshared(layer.file.fd)
+        for layer in given:
+            release(layer.file.fd)
+        try:
+            yield
+        finally:
+            for layer in (*given, *passed):
+                if probe(layer.file.fd).known:
+                    hold_reader(layer.file.fd)
+
+    def before_switch(self, kept: Layer) -> None:
+        """Nobody may have the kept image open when its name goes to another file."""
+        if probe(kept.file.fd).known:
+            hold_writer(kept.file.fd)
+
+
+def _is_any(layer: Layer, names: Iterable[Path]) -> bool:
+    for name in names:
+        try:
+            status = name.stat()
+        except OSError:
+            continue
+        if (status.st_dev, status.st_ino) == (layer.file.id.device, layer.file.id.inode):
+            return True
+    return False

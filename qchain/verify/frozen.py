@@ -1,0 +1,158 @@
+"""The view before: a copy of the map of an image that is about to be written to.
+
+A merge writes to its target in place. What it adds hides what was there, but the
+clusters that the target had stay where they are; so its old view can still be
+read, given its old map. The exception, compressed clusters that a commit
+partly overwrites (qemu frees them at once), is copied out beforehand.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from qchain.chain.layer import Backing, Cells, Layer, Masks, Qcow2Layer
+from qchain.chain.reader import fill
+from qchain.chain.resolve import Runs, runs
+from qchain.hostfile import HostFile
+from qchain.qcow2.entries import NO_HOST, Kind
+from qchain.qcow2.header import Header, read_header
+from qchain.qcow2.tables import MapTables
+
+__all__ = ["freeze", "frozen_view", "rescue"]
+
+
+def freeze(layer: Qcow2Layer, into: Path) -> None:
+    """Write the map of `layer` to the new file `into`: header cluster, L1, L2 tables.
+
+    The offsets in its L2 entries are still those of the image's own file. The size is
+    that of the image's metadata, 1/8192 of the data for 64K clusters. Made durable.
+    """
+    header = layer.header
+    assert header is not None
+    cluster = header.cluster_size
+    l1 = layer.tables.l1
+    room = -(-max(len(l1) * 8, 1) // cluster) * cluster
+    new = np.zeros(len(l1), np.uint64)
+    descriptor = os.open(into, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as out:
+        first = bytearray(layer.file.pread(0, cluster).ljust(cluster, b"\0"))
+        first[40:48] = cluster.to_bytes(8, "big")  # l1_table_offset
+        out.write(first)
+        out.seek(cluster + room)
+        position = cluster + room
+        for index in np.flatnonzero(l1).tolist():
+            out.write(layer.file.pread(int(l1[index]), cluster).ljust(cluster, b"\0"))
+            new[index] = position
+            position += cluster
+        out.seek(cluster)
+        out.write(new.astype(">u8").tobytes())
+        out.truncate(position)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def frozen_view(layer: Qcow2Layer, copy: Path) -> Qcow2Layer:
+    """`layer` as it was when `freeze` wrote `copy`: the old map over the file as it is.
+
+    The copy may be deleted while the view is open.
+    """
+    file = HostFile(copy)
+    header = read_header(file)
+    old = Qcow2Layer(layer.path, file, header, layer.data_file)
+    old.tables = MapTables(file, header, header.l1_table_offset, header.l1_size)
+    old.file = layer.file  # where the data, compressed too, is read from
+    return old
+
+
+class RescuedLayer:
+    """Clusters copied out of the way, as a layer of its own above the frozen target."""
+
+    format = "qcow2"
+    terminal = False
+    header: Header | None = None
+    backing: Backing | None = None
+
+    def __init__(
+        self, path: Path, size: int, unit: int, file: HostFile, clusters: npt.NDArray[np.int64]
+    ) -> None:
+        self.path = path
+        self.size = size
+        self.granularity = unit
+        self.file = file
+        self.clusters = clusters
+
+    @property
+    def data(self) -> HostFile:
+        return self.file
+
+    def cells(self, start: int, end: int) -> Cells | None:
+        unit = self.granularity
+        first, last = start // unit, -(-min(end, self.size) // unit)
+        low, high = np.searchsorted(self.clusters, (first, last)).tolist()
+        if low >= high or first >= last:
+            return None
+        kind = np.zeros(last - first, np.uint8)
+        host = np.full(last - first, NO_HOST, np.uint64)
+        where = self.clusters[low:high] - first
+        kind[where] = Kind.DATA
+        host[where] = np.arange(low, high, dtype=np.uint64) * np.uint64(unit)
+        return Cells(unit, kind, host)
+
+    def masks(self, start: int, end: int, zeroes: bool = False) -> Masks | None:
+        cells = self.cells(start, end)
+        return None if cells is None else Masks(cells.unit, cells.kind == Kind.DATA, None)
+
+
+def rescue(view: Sequence[Layer], target: int, granularity: int, into: Path) -> RescuedLayer | None:
+    """Copy out the compressed clusters of `view[target]` that a commit partly overwrites.
+
+    Args:
+        view: the kept point, active first; `target` is the layer committed into.
+        granularity: that of the commit; what it rounds out to may be written.
+
+    Returns: None when there are none (the usual case, and nothing is written).
+    """
+    layer = view[target]
+    assert isinstance(layer, Qcow2Layer)
+    cluster = layer.cluster_size
+    reach = max(granularity, cluster)
+    risky: list[npt.NDArray[np.int64]] = []
+    for table in runs(view):
+        mine = table.depth == target
+        packed = mine & (table.kind == Kind.COMPRESSED)
+        if not packed.any():
+            continue
+        # Windows are multiples of 2 MiB: no piece of `reach` crosses one.
+        dirty = _pieces(table, table.depth < target, reach)
+        clusters = _pieces(table, packed, cluster)
+        risky.append(clusters[np.isin(clusters * cluster // reach, dirty)])
+    found = np.unique(np.concatenate(risky)) if risky else np.zeros(0, np.int64)
+    if not len(found):
+        return None
+    descriptor = os.open(into, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as out:
+        for index in found.tolist():
+            content = bytearray(cluster)
+            for table in runs([layer], index * cluster, (index + 1) * cluster):
+                at = table.start - index * cluster
+                fill([layer], table, memoryview(content), at)
+            out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+    return RescuedLayer(layer.path, layer.size, cluster, HostFile(into), found)
+
+
+def _pieces(table: Runs, which: npt.NDArray[np.bool_], unit: int) -> npt.NDArray[np.int64]:
+    """Numbers of the pieces of `unit` bytes that the chosen runs touch."""
+    low = table.start[which] // unit
+    high = -(-(table.start[which] + table.length[which]) // unit)
+    if not len(low):
+        return np.zeros(0, np.int64)
+    counts = high - low
+    offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.unique(np.repeat(low, counts) + offsets)
