@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -114,12 +115,10 @@ def test_version_3_options(tmp_path: Path, order: int, extended: str, compressio
 )
 def test_backing_names(tmp_path: Path, compat: str, name: str | bytes) -> None:
     """The name byte for byte; -u, for the files need not exist."""
-    import os
-
     image = tmp_path / "image"
     subprocess.run(
-        ["qemu-img", "create", "-q", "-f", "qcow2", "-u", "-o", f"compat={compat}"]
-        + ["-b", name, "-F", "raw", str(image), "10M"],
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", name, "-F", "raw"]
+        + ["-o", f"compat={compat}", image, "10M"],  # noqa: RUF005
         check=True,
         capture_output=True,
     )
@@ -237,7 +236,7 @@ def test_many_snapshots(tmp_path: Path) -> None:
     header = header_of(image)
     raw = bytearray(image.read_bytes().ljust(65536, b"\0"))
     table = b""
-    for index in range(700):
+    for index in range(1000):
         extra = (
             structures.SNAPSHOT_EXTRA.build(
                 {
@@ -257,13 +256,13 @@ def test_many_snapshots(tmp_path: Path) -> None:
             | {"extra_size": len(extra), "extra": extra, "id": str(index).encode(), "name": name}
         )
     assert len(table) > 1 << 17
-    raw[60:72] = (700).to_bytes(4, "big") + (65536).to_bytes(8, "big")
+    raw[60:72] = (1000).to_bytes(4, "big") + (65536).to_bytes(8, "big")
     image.write_bytes(raw + table)
     header = header_of(image)
     with HostFile(image) as file:
         found = read_snapshots(file, header)
     theirs = qemu_info(image)["snapshots"]
-    assert len(found) == len(theirs) == 700
+    assert len(found) == len(theirs) == 1000
     for ours, their in zip(found, theirs, strict=True):
         assert (ours.id, ours.name) == (their["id"], their["name"])
         assert ours.vm_state_size == their["vm-state-size"] % 2**64

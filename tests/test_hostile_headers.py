@@ -1,11 +1,12 @@
 """Headers that lie: every limit is named, nothing is allocated, nothing escapes as a traceback.
 
-Where qemu-img refuses an image, so do we; `QEMU_READS` marks where we are stricter.
+Where qemu-img refuses an image, so do we; `STRICTER` marks where we are stricter.
 """
 
 from __future__ import annotations
 
 import random
+import re
 import struct
 import subprocess
 import tracemalloc
@@ -175,8 +176,6 @@ def test_refused(tmp_path: Path, good: bytes, case: str) -> None:
     pokes, expected = (REFUSED | STRICTER)[case]
     image = poked(tmp_path, good, pokes)
     header = look_at(image)
-    import re
-
     assert any(re.search(expected, problem) for problem in header.problems), header.problems
     assert all(p.isprintable() for p in header.problems)
     assert not header.readable

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from qchain.errors import Refused
+from qchain.plan.commands import commit_argv, rebase_unsafe_argv
 from qchain.run import locks
-from qchain.run.qemu_img import QemuImg, commit_argv, rebase_unsafe_argv
+from qchain.run.qemu_img import QemuImg
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("qemu-img") and shutil.which("qemu-io")), reason="needs qemu-img, qemu-io"

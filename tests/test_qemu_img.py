@@ -15,9 +15,7 @@ from pathlib import Path
 import pytest
 
 from qchain.errors import ExitCode, ImageError
-from qchain.run.qemu_img import (
-    QemuImg,
-    QemuImgError,
+from qchain.plan.commands import (
     commit_argv,
     create_empty_argv,
     image_opts,
@@ -27,6 +25,7 @@ from qchain.run.qemu_img import (
     resize_shrink_argv,
     safe_name,
 )
+from qchain.run.qemu_img import QemuImg, QemuImgError
 
 M = 1024 * 1024
 

@@ -22,8 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from qchain.run.qemu_img import (
-    QemuImg,
+from qchain.plan.commands import (
     commit_argv,
     create_empty_argv,
     image_opts,
@@ -31,6 +30,7 @@ from qchain.run.qemu_img import (
     rebase_unsafe_argv,
     resize_shrink_argv,
 )
+from qchain.run.qemu_img import QemuImg
 
 K, M = 1024, 1024 * 1024
 

@@ -144,14 +144,14 @@ def make_plan(
         found.append((group, candidates, chosen))
     refusals += space_refusals(needs)
     plans: list[GroupPlan] = []
-    token = secrets.token_hex(4)
+    token = secrets.token_hex(3)
     results: dict[int, tuple[Path, str]] = {}
     for number, (group, candidates, chosen) in enumerate(found):
         steps: list[Step] = []
         result = None
         if not refusals and chosen is not None and chosen.target is not None:
             above = _above(layers, group, results)
-            steps, result = sequence(layers, group, chosen, options, f"{token}{number:02x}", above)
+            steps, result = sequence(layers, group, chosen, options, f"{token}{number:x}", above)
             results[group.members[-1]] = (result, layers[chosen.target].format)
         plans.append(GroupPlan(group, tuple(candidates), chosen, tuple(steps), result))
     return Plan(layers, options, tuple(plans), tuple(dict.fromkeys(refusals)))

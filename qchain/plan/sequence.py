@@ -14,6 +14,13 @@ from pathlib import Path
 from qchain.chain.layer import Layer
 from qchain.chain.scan import WORK_PREFIX
 from qchain.plan.candidates import Candidate
+from qchain.plan.commands import (
+    commit_argv,
+    create_empty_argv,
+    rebase_safe_argv,
+    rebase_unsafe_argv,
+    resize_shrink_argv,
+)
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
 from qchain.plan.steps import (
@@ -30,13 +37,6 @@ from qchain.plan.steps import (
     Sync,
     TakeAttributes,
     Unlink,
-)
-from qchain.run.qemu_img import (
-    commit_argv,
-    create_empty_argv,
-    rebase_safe_argv,
-    rebase_unsafe_argv,
-    resize_shrink_argv,
 )
 
 __all__ = ["SAVED_SUFFIX", "Above", "sequence"]
@@ -72,7 +72,7 @@ class _Builder:
         self.lowest = self.layers[self.group.members[-1]]
         self.t_path, self.j_path = _absolute(self.t.path), _absolute(self.j.path)
         self.work = self.t_path.parent / f"{WORK_PREFIX}{self.token}"
-        self.alias = f"{WORK_PREFIX}{self.token}.backing"
+        self.alias = f"{WORK_PREFIX}{self.token}.b"
         self.pulls = self.t_index != self.group.members[-1]
 
     def add(self, *steps: Step) -> None:

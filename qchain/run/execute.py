@@ -20,6 +20,7 @@ from qchain.chain.gate import resolve_name
 from qchain.chain.layer import Layer, Qcow2Layer, RawLayer
 from qchain.errors import FailedMidway, QchainError, Refused
 from qchain.hostfile import HostFile
+from qchain.plan.commands import rebase_unsafe_argv
 from qchain.plan.plan import GroupPlan, Plan
 from qchain.plan.steps import (
     Command,
@@ -41,7 +42,7 @@ from qchain.qcow2.header import read_header
 from qchain.run.attributes import take_attributes
 from qchain.run.durable import fsync_directory, fsync_file
 from qchain.run.locking import ChainLocks
-from qchain.run.qemu_img import QemuImg, rebase_unsafe_argv
+from qchain.run.qemu_img import QemuImg
 from qchain.verify.compare import Comparison, compare
 from qchain.verify.frozen import RescuedLayer, freeze, frozen_view, rescue
 

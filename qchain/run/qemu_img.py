@@ -15,7 +15,7 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -25,14 +25,6 @@ from qchain.errors import FailedMidway, ImageError
 __all__ = [
     "QemuImg",
     "QemuImgError",
-    "commit_argv",
-    "create_empty_argv",
-    "image_opts",
-    "rebase_safe_argv",
-    "rebase_unsafe_argv",
-    "rebase_writethrough_argv",
-    "resize_shrink_argv",
-    "safe_name",
 ]
 
 _STDERR_LIMIT = 64 * 1024  # bytes kept; a hostile image must not fill our memory
@@ -52,122 +44,6 @@ class QemuImgError(FailedMidway):
         self.verb = verb
         self.status = status
         self.detail = detail
-
-
-def safe_name(name: str | Path) -> str:
-    """`name` so that qemu-img takes it for a file: neither an option nor a protocol.
-
-    A relative name with a colon or a leading dash goes behind './'.
-    """
-    text = _not_a_protocol(os.fspath(name))
-    return f"./{text}" if text.startswith("-") else text
-
-
-def _not_a_protocol(name: str) -> str:
-    return f"./{name}" if ":" in name.partition("/")[0] else name
-
-
-def image_opts(options: Mapping[str, str | Path]) -> str:
-    """The argument of --image-opts: `key=value,...`, commas in values doubled."""
-    return ",".join(f"{key}={os.fspath(v).replace(',', ',,')}" for key, v in options.items())
-
-
-def commit_argv(base: str | Path, top: str | Path, top_format: str = "qcow2") -> list[str]:
-    """Write what lies above `base`, up to `top`, into `base`; `top` keeps its data.
-
-    `base` by an absolute name: qemu matches it by real path. -b implies -d, said
-    here so that a reader need not know it. The base's format is what its overlay
-    records.
-    """
-    return ["commit", "-p", "-d", "-f", top_format, "-b", safe_name(base), safe_name(top)]
-
-
-def rebase_unsafe_argv(
-    image: str | Path,
-    image_format: str,
-    backing: str | Path | None,
-    backing_format: str | None = None,
-) -> list[str]:
-    """Write only the header: `image` backs on `backing` (None: on nothing) from now on."""
-    argv = ["rebase", "-u", "-f", image_format]
-    return [*argv, *_backing_arguments(backing, backing_format), safe_name(image)]
-
-
-def rebase_writethrough_argv(
-    image: str | Path,
-    image_format: str,
-    backing: str | Path | None,
-    backing_format: str | None = None,
-) -> list[str]:
-    """A pull in one command, for where the two-phase pull is impossible.
-
-    Writethrough orders the L2 tables before the header, at about four times the time.
-    """
-    argv = ["rebase", "-p", "-t", "writethrough", "-f", image_format]
-    return [*argv, *_backing_arguments(backing, backing_format), safe_name(image)]
-
-
-def rebase_safe_argv(
-    link: str | Path, alias: str, present: str | Path, present_format: str
-) -> list[str]:
-    """The first phase of a two-phase pull; to be run with `cwd` = the image's directory.
-
-    `link`: the hard link to the image, `WORK/image`, absolute (qemu looks for the new
-    backing in the chain by names made absolute from it).
-    `alias`: a bare name, found in WORK (there it is the new backing) and beside the
-    image (there it is a qcow2 overlay, empty, of the image's present backing).
-    `present`: the backing name exactly as the image's header has it. qemu resolves
-    `-b` from the image's name only while the backing is not overridden, and by
-    `bdrv_backing_overridden` it is not when the strings are equal; hence the
-    verbatim name and the working directory from which it is right.
-
-    -F is the format of the alias *beside the image*, for it goes into the header.
-    A new backing found in the chain is never opened by it, so it may be raw; one
-    outside the chain must be put behind an empty qcow2 overlay.
-    """
-    options: dict[str, str | Path] = {
-        "driver": "qcow2",
-        "file.filename": link,
-        # With lazy refcounts nothing makes qemu flush a pulled cluster before the L2
-        # table that names it: power loss would leave the table without the data.
-        "lazy-refcounts": "off",
-        "backing.driver": present_format,
-        # No file.driver: qemu tells files from block devices itself, and does
-        # not look for protocol prefixes in an option's value.
-        "backing.file.filename": present,
-    }
-    return ["rebase", "-p", "--image-opts", "-b", alias, "-F", "qcow2", image_opts(options)]
-
-
-def create_empty_argv(
-    path: str | Path,
-    size: int,
-    backing: str | Path | None = None,
-    backing_format: str | None = None,
-) -> list[str]:
-    """A new qcow2 image of `size` bytes that allocates nothing.
-
-    -u: the backing file is not opened. Without it, creation would open the chain.
-    """
-    argv = ["create", "-q", "-f", "qcow2"]
-    if backing is not None:
-        argv += ["-u", *_backing_arguments(backing, backing_format)]
-    return [*argv, safe_name(path), str(size)]
-
-
-def resize_shrink_argv(image: str | Path, image_format: str, size: int) -> list[str]:
-    """Cut `image` to `size` bytes: after a commit of a shorter top."""
-    return ["resize", "-q", "--shrink", "-f", image_format, safe_name(image), str(size)]
-
-
-def _backing_arguments(backing: str | Path | None, backing_format: str | None) -> list[str]:
-    if backing is None:
-        return ["-b", ""]
-    if backing_format is None:
-        raise ValueError("a backing file's format is always said, never probed")
-    # What -b says goes into the header verbatim. It is an option's value, so that a
-    # leading dash needs nothing.
-    return ["-b", _not_a_protocol(os.fspath(backing)), "-F", backing_format]
 
 
 class QemuImg:
