@@ -103,7 +103,8 @@ class HostFile:
                     break
                 data += more
         except OSError as error:
-            raise DataError(self.path, f"cannot read at offset {offset}: {_reason(error)}") from None
+            why = f"cannot read at offset {offset}: {_reason(error)}"
+            raise DataError(self.path, why) from None
         return data
 
     def pread_into(self, buffer: memoryview, offset: int) -> int:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qchain.chain.gate import Gate, resolve_name
+from qchain.chain.gate import Gate
 from qchain.chain.layer import Layer, Qcow2Layer, RawLayer
+from qchain.chain.names import resolve_backing, resolve_name
 from qchain.errors import ImageError, QchainError, Unsupported
 from qchain.hostfile import FileId, HostFile
 from qchain.qcow2.foreign import foreign_format, is_qcow2
 from qchain.qcow2.header import read_header
 
-__all__ = ["Chain", "FormatNotRecorded", "open_chain", "open_layer"]
+__all__ = ["Chain", "FormatNotRecorded", "named_format", "open_chain", "open_layer"]
 
 FORMATS = ("qcow2", "raw")
 
@@ -23,11 +23,20 @@ class FormatNotRecorded(ImageError):
     """An overlay does not record its backing file's format, and formats are never probed."""
 
 
+class MissingFile(ImageError):
+    """A backing file that is nowhere."""
+
+
 @dataclass(frozen=True)
 class Chain:
-    """The layers of a disk, active first. Closing it closes their files."""
+    """The layers of a disk, active first. Closing it closes their files.
+
+    `missing`: the backing file of the last layer, where it is nowhere and the gate lets
+    it read as zeroes; every output must say so.
+    """
 
     layers: tuple[Layer, ...]
+    missing: Path | None = None
 
     @property
     def size(self) -> int:
@@ -71,9 +80,16 @@ def named_format(file: HostFile, given: str | None) -> str:
     return "raw"
 
 
-def open_layer(path: Path, file: HostFile, fmt: str, gate: Gate, named: Path) -> Layer:
-    """The layer that `file` is. Raises `ImageError` when it cannot be read."""
+def open_layer(
+    path: Path, file: HostFile, fmt: str, gate: Gate, named: Path, snapshot: str | None = None
+) -> Layer:
+    """The layer that `file` is; of its internal snapshot, if one is named.
+
+    Raises `ImageError` when it cannot be read.
+    """
     if fmt == "raw":
+        if snapshot is not None:
+            raise ImageError(path, "a raw image has no internal snapshots", "")
         return RawLayer(path, file)
     if fmt != "qcow2":
         raise Unsupported(path, f"format {fmt!r} is not supported", "only qcow2 and raw are")
@@ -83,12 +99,24 @@ def open_layer(path: Path, file: HostFile, fmt: str, gate: Gate, named: Path) ->
     if header.has_data_file:
         if header.data_file_name is None:
             raise ImageError(path, "it has an external data file but does not name it")
-        data_file = gate.open_referenced(resolve_name(header.data_file_name, path), named)
-    return Qcow2Layer(path, file, header, data_file)
+        where = gate.locate(resolve_name(header.data_file_name, path), named)
+        data_file = gate.open_referenced(where, named)
+    try:
+        return Qcow2Layer(path, file, header, data_file, snapshot)
+    except QchainError:
+        if data_file is not None:
+            data_file.close()
+        raise
 
 
-def open_chain(path: Path, gate: Gate | None = None, fmt: str | None = None) -> Chain:
+def open_chain(
+    path: Path, gate: Gate | None = None, fmt: str | None = None, snapshot: str | None = None
+) -> Chain:
     """Open the image `path` and all that it backs on.
+
+    Args:
+        fmt: the format of `path`; by default its magic decides.
+        snapshot: an internal snapshot of `path` (name or id) instead of its live content.
 
     Raises: `ImageError` (missing, invalid, a loop, too deep), `NotAllowed`,
         `FormatNotRecorded`, `Unsupported`. Nothing stays open then.
@@ -106,7 +134,7 @@ def open_chain(path: Path, gate: Gate | None = None, fmt: str | None = None) -> 
             if file.id in seen:
                 raise ImageError(current, f"the chain loops: it is also {seen[file.id]}")
             seen[file.id] = current
-            layer = open_layer(current, file, fmt, gate, path)
+            layer = open_layer(current, file, fmt, gate, path, None if layers else snapshot)
             layers.append(layer)
             if layer.data is not layer.file:
                 opened.append(layer.data)
@@ -114,27 +142,40 @@ def open_chain(path: Path, gate: Gate | None = None, fmt: str | None = None) -> 
                 return Chain(tuple(layers))
             if len(layers) >= gate.max_depth:
                 raise ImageError(path, f"the chain is deeper than {gate.max_depth} images")
-            below = resolve_name(layer.backing.name, current)
-            recorded = layer.backing.format or gate.assume_format
+            _make_room(len(layers))
+            below = resolve_backing(layer.backing.name, layer.backing.format, current)
+            where = gate.locate(below.path, path)
+            try:
+                file = _open_below(gate, where, path, current)
+            except MissingFile:
+                if gate.missing_zero:
+                    return Chain(tuple(layers), missing=where)
+                raise
+            opened.append(file)
+            recorded = below.format or gate.assume_format
             if recorded is None:
                 raise FormatNotRecorded(
                     current,
                     f"the format of its backing file {layer.backing.name!r} is not recorded",
                     "say which with --assume-format qcow2|raw (formats are never probed)",
                 )
-            _make_room(len(layers))
-            try:
-                file = gate.open_referenced(below, path)
-            except ImageError as error:
-                if error.why == "no such file or directory":
-                    error.why = f"missing, but {current} backs on it"
-                    error.todo = "find the file, or see 'qchain info' for the overlay alone"
-                raise
-            opened.append(file)
-            current, fmt = below, recorded
+            current, fmt = where, "raw" if recorded in ("file", "host_device") else recorded
     except QchainError:
         for file in opened:
             file.close()
+        raise
+
+
+def _open_below(gate: Gate, where: Path, named: Path, overlay: Path) -> HostFile:
+    try:
+        return gate.open_referenced(where, named)
+    except ImageError as error:
+        if error.why == "no such file or directory":
+            raise MissingFile(
+                where,
+                f"missing, but {overlay} backs on it",
+                "find it (--search DIR), or see 'qchain info' for the overlay alone",
+            ) from None
         raise
 
 
@@ -147,8 +188,3 @@ def _make_room(depth: int) -> None:
             resource.setrlimit(
                 resource.RLIMIT_NOFILE, (wanted if hard == -1 else min(hard, wanted), hard)
             )
-
-
-def paths(layers: Sequence[Layer]) -> list[Path]:
-    """The names of the layers, active first."""
-    return [layer.path for layer in layers]

@@ -12,10 +12,10 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qchain.errors import ImageError, NotAllowed, Unsupported
+from qchain.errors import NotAllowed
 from qchain.hostfile import HostFile
 
-__all__ = ["Gate", "resolve_name"]
+__all__ = ["Gate"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,9 @@ class Gate:
         allow: directories; everything below each may be opened.
         follow: trust the names that the images give.
         max_depth: longest chain that is followed.
+        search: directories where backing files that are missing, or lie outside, are
+            looked for by their file name (evidence copied from another machine).
+        missing_zero: a backing file that is nowhere reads as zeroes.
         assume_format: format of backing files whose overlay does not record it
             (None: such a chain is an error; formats are never probed).
     """
@@ -33,6 +36,8 @@ class Gate:
     allow: tuple[Path, ...] = ()
     follow: bool = False
     max_depth: int = 4096
+    search: tuple[Path, ...] = ()
+    missing_zero: bool = False
     assume_format: str | None = None
     _roots: tuple[Path, ...] = field(init=False, repr=False, compare=False)
 
@@ -43,6 +48,15 @@ class Gate:
     def open_named(self, path: Path) -> HostFile:
         """Open a file that the user named."""
         return HostFile(path)
+
+    def locate(self, path: Path, named: Path) -> Path:
+        """Where a file that an image refers to is: `path`, or of that name in `search`."""
+        if self.search and not (self.permits(path, named) and path.exists()):
+            for directory in self.search:
+                found = directory / path.name
+                if found.is_file() or found.is_block_device():
+                    return found
+        return path
 
     def open_referenced(self, path: Path, named: Path) -> HostFile:
         """Open a file that an image of the chain of `named` refers to.
@@ -63,28 +77,6 @@ class Gate:
             return True
         real = Path(os.path.realpath(path))
         own = {Path(os.path.realpath(named.parent)), Path(os.path.realpath(named)).parent}
+        if any(real.parent == Path(os.path.realpath(each)) for each in self.search):
+            return True
         return real.parent in own or any(real.is_relative_to(root) for root in self._roots)
-
-
-def resolve_name(name: str, overlay: Path) -> Path:
-    """The path that a backing name of `overlay` means.
-
-    As qemu's `bdrv_get_full_backing_filename_from_filename`: an absolute name is
-    itself, a relative one counts from the directory of the overlay's name (not of
-    where a link leads).
-
-    Raises: `Unsupported` for protocol names, `ImageError` for impossible ones.
-    """
-    if name.startswith("json:"):
-        raise Unsupported(overlay, "a 'json:' backing name is not supported yet")
-    head = name.split("/", 1)[0]
-    if ":" in head:
-        protocol = head.split(":", 1)[0]
-        raise Unsupported(
-            overlay,
-            f"backing name {name!r} has the protocol {protocol!r}; only local files are read",
-            "if it is a plain file name, record it as './NAME' or as an absolute path",
-        )
-    if not name or "\0" in name:
-        raise ImageError(overlay, "its backing name is not a possible file name")
-    return overlay.parent / name

@@ -27,6 +27,7 @@ from qchain.qcow2.entries import (
     zero_standard,
 )
 from qchain.qcow2.header import Header
+from qchain.qcow2.snapshots import find_snapshot
 from qchain.qcow2.tables import MapTables
 
 __all__ = ["Backing", "Cells", "Layer", "Masks", "Qcow2Layer", "RawLayer"]
@@ -110,6 +111,10 @@ class Layer(Protocol):
         """The file that guest data is read from."""
         ...
 
+    def read_data(self, view: memoryview, offset: int) -> None:
+        """Guest data at host `offset` (decrypted); beyond the file's end `view` is left alone."""
+        ...
+
 
 class Qcow2Layer:
     """A qcow2 image as a layer."""
@@ -118,7 +123,12 @@ class Qcow2Layer:
     terminal = False
 
     def __init__(
-        self, path: Path, file: HostFile, header: Header, data_file: HostFile | None = None
+        self,
+        path: Path,
+        file: HostFile,
+        header: Header,
+        data_file: HostFile | None = None,
+        snapshot: str | None = None,
     ) -> None:
         self.path = path
         self.file = file
@@ -136,11 +146,19 @@ class Qcow2Layer:
         self.extended = header.extended_l2
         self.version = header.version
         self.data_file = data_file
-        self.tables = MapTables(file, header, header.l1_table_offset, header.l1_size)
+        l1_offset, l1_size = header.l1_table_offset, header.l1_size
+        if snapshot is not None:
+            point = find_snapshot(file, header, snapshot)
+            self.size = point.disk_size // 512 * 512
+            l1_offset, l1_size = point.l1_table_offset, point.l1_size
+        self.tables = MapTables(file, header, l1_offset, l1_size, self.size)
 
     @property
     def data(self) -> HostFile:
         return self.data_file or self.file
+
+    def read_data(self, view: memoryview, offset: int) -> None:
+        self.data.pread_into(view, offset)
 
     def _clusters(self, start: int, end: int) -> tuple[int, int]:
         end = min(end, self.size)
@@ -206,6 +224,9 @@ class RawLayer:
     @property
     def data(self) -> HostFile:
         return self.file
+
+    def read_data(self, view: memoryview, offset: int) -> None:
+        self.file.pread_into(view, offset)
 
     def _ranges(self, start: int, end: int) -> tuple[int, list[tuple[int, int]]]:
         # The last sector of an unaligned file is data as a whole.

@@ -42,7 +42,7 @@ def fill(layers: Sequence[Layer], table: Runs, out: memoryview, at: npt.NDArray[
         place, length = int(at[index]), int(table.length[index])
         view = out[place : place + length]
         if table.kind[index] == Kind.DATA:
-            layer.data.pread_into(view, int(table.host[index]))
+            layer.read_data(view, int(table.host[index]))
         else:
             assert isinstance(layer, Qcow2Layer)
             _fill_compressed(layer, int(table.host[index]), int(table.start[index]), view)

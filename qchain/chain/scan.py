@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qchain.chain.gate import resolve_name
+from qchain.chain.names import resolve_name
 from qchain.errors import ImageError
 from qchain.hostfile import FileId, HostFile
 from qchain.qcow2.foreign import is_qcow2

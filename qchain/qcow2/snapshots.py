@@ -17,7 +17,7 @@ from qchain.qcow2.header_limits import MAX_SNAPSHOTS
 from qchain.qcow2.structures import SNAPSHOT_ENTRY, SNAPSHOT_ENTRY_HEAD, SNAPSHOT_EXTRA
 from qchain.qcow2.windows import Window
 
-__all__ = ["Snapshot", "read_snapshots"]
+__all__ = ["Snapshot", "find_snapshot", "read_snapshots"]
 
 _HEAD = SNAPSHOT_ENTRY_HEAD.sizeof()
 _MAX_TABLE = 64 << 20
@@ -104,3 +104,21 @@ def _snapshot(entry: Any, header: Header) -> Snapshot:
         l1_table_offset=entry.l1_table_offset,
         l1_size=entry.l1_size,
     )
+
+
+def find_snapshot(file: HostFile, header: Header, wanted: str) -> Snapshot:
+    """The snapshot with this id, or, as qemu-img does, else with this name.
+
+    Raises: `ImageError` when there is none, or several of that name.
+    """
+    every = read_snapshots(file, header)
+    by_id = [each for each in every if each.id == wanted]
+    found = by_id or [each for each in every if each.name == wanted]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ImageError(
+            file.path, f"has {len(found)} snapshots named {wanted!r}", "name one by its id"
+        )
+    known = ", ".join(each.name for each in every[:8]) or "none"
+    raise ImageError(file.path, f"has no snapshot {wanted!r}; it has: {known}", "")

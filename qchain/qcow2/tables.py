@@ -6,6 +6,8 @@ for: a table that the file does not hold is an error, not an allocation.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import numpy.typing as npt
 
@@ -25,12 +27,21 @@ class MapTables:
     Raises `ImageError` when a table lies outside the file or is not aligned.
     """
 
-    def __init__(self, file: HostFile, header: Header, l1_offset: int, l1_size: int) -> None:
+    def __init__(
+        self,
+        file: HostFile,
+        header: Header,
+        l1_offset: int,
+        l1_size: int,
+        size: int | None = None,
+    ) -> None:
+        """`size`: virtual bytes that are mapped, by default the image's."""
         self.file = file
         self.cluster_bits = header.cluster_bits
         self.words = 2 if header.extended_l2 else 1
         self.per_table = header.cluster_size // (8 * self.words)
-        self.clusters = -(-header.size // header.cluster_size)
+        size = header.size if size is None else size
+        self.clusters = -(-size // header.cluster_size)
         needed = -(-self.clusters // self.per_table)
         if l1_size < needed:
             raise ImageError(file.path, f"L1 table has {l1_size} entries, {needed} are needed")
@@ -74,7 +85,7 @@ class MapTables:
         # Tables that follow each other in the file are read in one call.
         breaks = np.flatnonzero(np.diff(tables) != table_bytes) + 1
         edges = [0, *breaks.tolist(), len(tables)]
-        for low, high in zip(edges[:-1], edges[1:], strict=True):
+        for low, high in itertools.pairwise(edges):
             if tables[low] == 0:
                 continue
             begin = max((start_table + low) * self.per_table, first)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Protocol
 
 from qchain.chain.chain import Chain
-from qchain.chain.gate import resolve_name
 from qchain.chain.layer import Layer, Qcow2Layer, RawLayer
+from qchain.chain.names import resolve_name
 from qchain.errors import FailedMidway, QchainError, Refused
 from qchain.hostfile import HostFile
 from qchain.plan.commands import rebase_unsafe_argv

@@ -1,10 +1,4 @@
-"""Run qemu-img: the command lines that qchain uses, and one careful way to run them.
-
-The builders are pure, so that a dry run prints precisely what a merge executes.
-Facts behind them (measured with 7.2): a plain `rebase` is not crash-safe, `commit
--b` implies `-d`, and a header name is resolved from the text of the overlay's name,
-never from its real path.
-"""
+"""Run qemu-img: one careful way (the command lines themselves: `qchain.plan.commands`)."""
 
 from __future__ import annotations
 

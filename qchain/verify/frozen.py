@@ -90,6 +90,9 @@ class RescuedLayer:
     def data(self) -> HostFile:
         return self.file
 
+    def read_data(self, view: memoryview, offset: int) -> None:
+        self.file.pread_into(view, offset)
+
     def cells(self, start: int, end: int) -> Cells | None:
         unit = self.granularity
         first, last = start // unit, -(-min(end, self.size) // unit)
