@@ -105,7 +105,7 @@ def expected_extended(
 @pytest.mark.parametrize("cluster_bits", ALL_CLUSTER_BITS)
 @pytest.mark.parametrize("version", [2, 3])
 @given(data=st.data(), data_file=st.booleans())
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 def test_standard(cluster_bits: int, version: int, data: st.DataObject, data_file: bool) -> None:
     words = data.draw(st.lists(words_for(cluster_bits), min_size=1, max_size=20))
     kinds, hosts = decode_standard(
@@ -118,7 +118,7 @@ def test_standard(cluster_bits: int, version: int, data: st.DataObject, data_fil
 
 @pytest.mark.parametrize("cluster_bits", range(14, 22))
 @given(data=st.data(), data_file=st.booleans())
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 def test_extended(cluster_bits: int, data: st.DataObject, data_file: bool) -> None:
     pairs = data.draw(st.lists(st.tuples(words_for(cluster_bits), BITMAPS), min_size=1, max_size=6))
     kinds, hosts = decode_extended(
@@ -135,7 +135,7 @@ def test_extended(cluster_bits: int, data: st.DataObject, data_file: bool) -> No
 
 @pytest.mark.parametrize("cluster_bits", ALL_CLUSTER_BITS)
 @given(data=st.data(), data_file=st.booleans())
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 def test_allocation_standard(cluster_bits: int, data: st.DataObject, data_file: bool) -> None:
     """The fast tests on words as read agree with the declarations."""
     words = data.draw(st.lists(words_for(cluster_bits), min_size=1, max_size=20))
@@ -152,7 +152,7 @@ def test_allocation_standard(cluster_bits: int, data: st.DataObject, data_file: 
 
 @pytest.mark.parametrize("cluster_bits", range(14, 22))
 @given(data=st.data())
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 def test_allocation_extended(cluster_bits: int, data: st.DataObject) -> None:
     pairs = data.draw(st.lists(st.tuples(words_for(cluster_bits), BITMAPS), min_size=1, max_size=6))
     raw = np.array(pairs, ">u8").reshape(-1).view(np.uint64)
@@ -170,7 +170,7 @@ def test_allocation_extended(cluster_bits: int, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("cluster_bits", ALL_CLUSTER_BITS)
 @given(descriptor=st.integers(0, (1 << 62) - 1))
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 def test_compressed_location(cluster_bits: int, descriptor: int) -> None:
     body = parse(descriptor | 1 << 62, cluster_bits).body
     assert compressed_location(descriptor, cluster_bits) == (body.offset, body.size)

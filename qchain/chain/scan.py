@@ -13,7 +13,7 @@ from qchain.hostfile import FileId, HostFile
 from qchain.qcow2.foreign import is_qcow2
 from qchain.qcow2.header import read_header
 
-__all__ = ["WORK_PREFIX", "Overlay", "overlays_in"]
+__all__ = ["WORK_PREFIX", "Overlay", "identity", "overlays_in"]
 
 WORK_PREFIX = ".qchain-"
 """Names of our own work directories and aliases; scans pass over them."""
@@ -29,7 +29,8 @@ class Overlay:
     backing_id: FileId
 
 
-def _identity(path: Path) -> FileId | None:
+def identity(path: Path) -> FileId | None:
+    """Which file a name leads to, without opening it; None when it leads nowhere."""
     try:
         status = path.stat()
     except (OSError, ValueError):
@@ -47,7 +48,7 @@ def overlays_in(directories: Iterable[Path]) -> Iterator[Overlay]:
     """
     done: set[FileId] = set()
     for directory in directories:
-        where = _identity(directory)
+        where = identity(directory)
         if where is None or where in done:
             continue
         done.add(where)
@@ -72,7 +73,7 @@ def _overlay(path: Path) -> Overlay | None:
             if header.backing_name is None:
                 return None
             backing = resolve_name(header.backing_name, path)
-            backing_id = _identity(backing)
+            backing_id = identity(backing)
             return None if backing_id is None else Overlay(path, file.id, backing, backing_id)
     except ImageError:
         return None

@@ -63,11 +63,16 @@ def obstacle(
         return None
     if _has_valid_bitmaps(kept):
         return f"{kept.path.name} has bitmaps, which this way would lose"
-    if layer.format != kept.format and options.names == "kept" and not options.allow_format_change:
-        return (
+    if layer.format != kept.format and options.names == "kept":
+        trap = (
             f"{layer.path.name} is {layer.format}: under the name {kept.path.name} it would be "
-            f"taken for {kept.format}; allow it with --allow-format-change, or use --names lowest"
+            f"taken for {kept.format}"
         )
+        if group.kept > 0:
+            # No order of a rename and a header write keeps the overlay readable throughout.
+            return f"{trap} by {layers[group.kept - 1].path.name}; use --names lowest"
+        if not options.allow_format_change:
+            return f"{trap}; allow it with --allow-format-change, or use --names lowest"
     if layer.format == "raw" and kept.size != layer.size and layer.file.is_block_device:
         return f"{layer.path.name} is a block device and cannot change its size"
     if options.names == "kept" and kept.file.is_block_device:

@@ -69,7 +69,12 @@ def overlay_refusals(
     touched = {
         layers[index].file.id: index
         for group in groups
-        for index in (group.dropped if options.names == "kept" else group.members)
+        for index in (
+            # A kept name that stays what it was concerns nobody above it.
+            group.dropped
+            if options.names == "kept" and not options.allow_format_change
+            else group.members
+        )
     }
     chain = {layer.file.id for layer in layers}
     directories = {layers[index].path.parent for group in groups for index in group.members}

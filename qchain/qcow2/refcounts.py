@@ -85,7 +85,7 @@ def read_refcount(file: HostFile, header: Header, host_cluster: int) -> int:
     first_bit = within << header.refcount_order
     count = max(1, 8 >> header.refcount_order)
     length = count << header.refcount_order >> 3
-    data = file.pread(offset + (first_bit >> 3) // length * length, length).ljust(length, b"\0")
+    data = file.pread(offset + (first_bit >> 3), length).ljust(length, b"\0")
     return int(refcount_block(header.refcount_order, count).parse(data)[within % count])
 
 

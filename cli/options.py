@@ -1,0 +1,211 @@
+"""The options that several commands share, as groups.
+
+A command takes a group as one parameter; `command` shows its fields to typer as
+options of their own. Nothing heavy is imported here: `qchain --help` must be quick.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from qchain.errors import Refused, UsageError
+
+from .output import OutputClosed
+
+if TYPE_CHECKING:
+    from qchain.chain.gate import Gate
+
+    from .progress import Reporter
+
+__all__ = ["Common", "Interrupted", "Merging", "command"]
+
+LATER = "comes with a later version"
+
+
+class Interrupted(BaseException):
+    """KeyboardInterrupt under a name that the option parser leaves alone."""
+
+
+@dataclass(frozen=True)
+class Common:
+    """The options of every command that reads images."""
+
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False
+    allow: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--allow",
+            metavar="DIR",
+            help="Backing files below DIR may be opened too (repeatable; also QCHAIN_ALLOW).",
+        ),
+    ] = None
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Trust the file names that the images give.")
+    ] = False
+    force_share: Annotated[
+        bool,
+        typer.Option("--force-share", "-U", help="Read an image that is in use."),
+    ] = False
+    format: Annotated[
+        str | None,
+        typer.Option("--format", "-f", metavar="FMT", help="Format of the image: qcow2 or raw."),
+    ] = None
+    assume_format: Annotated[
+        str | None,
+        typer.Option(
+            "--assume-format",
+            metavar="FMT",
+            help="Format of backing files where none is recorded.",
+        ),
+    ] = None
+    progress: Annotated[
+        str,
+        typer.Option(
+            "--progress",
+            metavar="HOW",
+            help="auto (a bar, on a terminal), json (events on stderr) or none.",
+        ),
+    ] = "auto"
+    search: Annotated[
+        list[Path] | None, typer.Option("--search", metavar="DIR", hidden=True)
+    ] = None
+    snapshot: Annotated[str | None, typer.Option("--snapshot", metavar="NAME", hidden=True)] = None
+    secret_file: Annotated[
+        Path | None, typer.Option("--secret-file", metavar="FILE", hidden=True)
+    ] = None
+
+    def check(self) -> None:
+        """Raises `Refused` for what this version lacks, `UsageError` for impossible values."""
+        for option, value in (
+            ("--search", self.search),
+            ("--snapshot", self.snapshot),
+            ("--secret-file", self.secret_file),
+        ):
+            # An empty name is a request too.
+            if value is not None and value != []:
+                raise Refused(option, LATER, "leave it out")
+        if self.assume_format not in (None, "qcow2", "raw"):
+            why = f"{self.assume_format!r} is not possible"
+            raise UsageError("--assume-format", why, "one of: qcow2, raw")
+        if self.progress not in ("auto", "json", "none"):
+            why = f"{self.progress!r} is not possible"
+            raise UsageError("--progress", why, "one of: auto, json, none")
+
+    def gate(self) -> Gate:
+        """The open gate that these options describe."""
+        from qchain.chain.gate import Gate
+
+        named = [Path(name) for name in os.environ.get("QCHAIN_ALLOW", "").split(":") if name]
+        allowed = (*(self.allow or ()), *named)
+        return Gate(allow=allowed, follow=self.follow, assume_format=self.assume_format)
+
+    def reporter(self) -> Reporter:
+        """Where progress goes; a context manager."""
+        from .progress import Reporter
+
+        return Reporter(self.progress)
+
+
+@dataclass(frozen=True)
+class Merging:
+    """The options of plan and merge."""
+
+    drop: Annotated[
+        list[str] | None,
+        typer.Option("--drop", metavar="NAME", help="Drop this point (repeatable)."),
+    ] = None
+    keep: Annotated[
+        list[str] | None,
+        typer.Option("--keep", metavar="NAME", help="Drop all but these and the active one."),
+    ] = None
+    flatten: Annotated[bool, typer.Option("--flatten", help="Drop all below.")] = False
+    collapse: Annotated[
+        bool, typer.Option("--collapse", help="Drop all but the base and the active one.")
+    ] = False
+    strategy: Annotated[
+        str,
+        typer.Option("--strategy", metavar="HOW", help="auto, pull, commit, both or copy."),
+    ] = "auto"
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="WHO", help="auto, qemu-img or native.")
+    ] = "auto"
+    names: Annotated[
+        str,
+        typer.Option("--names", metavar="POLICY", help="The name of the result: kept, lowest, target."),
+    ] = "kept"
+    scan: Annotated[
+        list[Path] | None,
+        typer.Option("--scan", metavar="DIR", help="Look here for other overlays (repeatable)."),
+    ] = None
+    prefer: Annotated[
+        str, typer.Option("--prefer", metavar="WHAT", help="time, writes or space.")
+    ] = "time"
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Compare contents while planning.")
+    ] = False
+    keep_files: Annotated[bool, typer.Option("--keep-files", help="Delete nothing.")] = False
+    allow_format_change: Annotated[
+        bool,
+        typer.Option("--allow-format-change", help="The kept name may become a raw image."),
+    ] = False
+    verify: Annotated[
+        str, typer.Option("--verify", metavar="MODE", help="moved, full, manifest or none.")
+    ] = "moved"
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the commands, change nothing.")
+    ] = False
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Save the plan as JSON.")
+    ] = None
+
+
+_GROUPS = (Common, Merging)
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Make `function` a command: typer sees the fields of its option groups.
+
+    Also turns what the option parser would handle in its own way (interrupts, a
+    closed pipe) into exceptions of ours.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if hint in _GROUPS}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in groups:
+            continue
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(parameter.replace(annotation=hints[name], kind=kind))
+    for group in groups.values():
+        fields = get_type_hints(group, include_extras=True)
+        for name, parameter in inspect.signature(group).parameters.items():
+            kind = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(parameter.replace(annotation=fields[name], kind=kind))
+
+    @functools.wraps(function)
+    def wrapper(**values: Any) -> None:
+        filled = {
+            name: group(**{field: values.pop(field) for field in inspect.signature(group).parameters})
+            for name, group in groups.items()
+        }
+        try:
+            for group in filled.values():
+                if isinstance(group, Common):
+                    group.check()
+            function(**values, **filled)
+        except KeyboardInterrupt:
+            raise Interrupted from None
+        except BrokenPipeError:
+            raise OutputClosed from None
+
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapper

@@ -1,0 +1,118 @@
+"""What leaves the process: text and JSON on stdout, one-line messages on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any, TextIO
+
+from qchain.errors import QchainError, UsageError, printable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console
+
+__all__ = [
+    "OutputClosed",
+    "absolute",
+    "console",
+    "note",
+    "save_json",
+    "write",
+    "write_error",
+    "write_json",
+]
+
+
+class OutputClosed(Exception):
+    """Whoever read our output has gone away (`qchain map ... | head`)."""
+
+
+def write(text: str) -> None:
+    """`text` to stdout as it is. Raises `OutputClosed`, and `QchainError` on a full disk."""
+    if sys.stdout is None:
+        raise OutputClosed
+    try:
+        sys.stdout.write(text)
+        # Everything is written in large pieces, and a failure must be met here.
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise OutputClosed from None
+    except OSError as error:
+        why = f"cannot be written: {(error.strerror or str(error)).lower()}"
+        raise QchainError("output", why, "") from None
+
+
+def write_json(document: object) -> None:
+    """One JSON document. ASCII, so that it survives any terminal, locale and file name."""
+    write(json.dumps(document, indent=2) + "\n")
+
+
+def save_json(document: object, path: Path) -> None:
+    """The document into a file. Raises `UsageError` when it cannot be written."""
+    try:
+        path.write_text(json.dumps(document, indent=2) + "\n", "ascii")
+    except (OSError, ValueError) as error:
+        why = (getattr(error, "strerror", None) or str(error)).lower()
+        raise UsageError(path, why, "name a file that can be written") from None
+
+
+def note(text: str) -> None:
+    """One line on stderr. Never fails: nobody may be listening any more."""
+    write_error(f"qchain: {printable(text)}")
+
+
+def write_error(line: str) -> None:
+    """A finished line to stderr."""
+    try:
+        if sys.stderr is not None:
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+    except (OSError, ValueError):
+        pass
+
+
+def absolute(path: Path) -> str:
+    """The name that JSON documents give: absolute, links not followed."""
+    return os.path.abspath(path)
+
+
+class _Stream:
+    """A stream whose failures rich does not have to understand."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if self._stream is sys.stdout:
+            write(text)
+        else:
+            self._stream.write(text)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def console(stderr: bool = False) -> Console:
+    """A rich console: 80 columns and no colour unless it is a terminal, no markup ever."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    if stream is None:
+        raise OutputClosed
+    terminal = stream.isatty()
+    plain = not terminal or bool(os.environ.get("NO_COLOR"))
+    return Console(
+        file=_Stream(stream),  # type: ignore[arg-type]
+        width=None if terminal else 80,
+        # Named, because the environment (FORCE_COLOR) would decide otherwise.
+        force_terminal=terminal,
+        color_system=None if plain else "auto",
+        no_color=plain,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )

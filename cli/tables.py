@@ -1,0 +1,89 @@
+"""Tables for people: sizes in words, names made harmless, at most 80 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from qchain.errors import printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+__all__ = ["count_text", "facts", "safe", "seconds_text", "size_text", "table"]
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+
+
+def size_text(size: int | None) -> str:
+    """Bytes for a person, three digits or so: 1536 is '1.50 KiB'; None is '-'."""
+    if size is None:
+        return "-"
+    value = float(size)
+    for unit in _UNITS:
+        if value < 999.5 or unit == _UNITS[-1]:
+            break
+        value /= 1024
+    if unit == "B":
+        return f"{size} B"
+    digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f} {unit}"
+
+
+def count_text(count: int, word: str) -> str:
+    """'1 layer', '3 layers', '1,024 layers'."""
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration for a person."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds >= 0.95 else f"{seconds:.2f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def facts(rows: Iterable[tuple[str, str]], width: int = 80) -> str:
+    """'name  value' lines, values aligned and wrapped; empty values are left out.
+
+    Without rich: for single answers, it would cost more time than the answer.
+    """
+    found = [(name, printable(value)) for name, value in rows if value]
+    column = max((len(name) for name, _ in found), default=0) + 2
+    lines: list[str] = []
+    previous = None
+    for name, value in found:
+        parts = textwrap.wrap(value, width - column, break_on_hyphens=False) or [""]
+        head = "" if name == previous else name
+        lines.append(f"{head:<{column}}{parts[0]}")
+        lines += [" " * column + part for part in parts[1:]]
+        previous = name
+    return "".join(line.rstrip() + "\n" for line in lines)
+
+
+def safe(text: object) -> Text:
+    """Any text, a file name above all, as one that no markup or escape gets through."""
+    from rich.text import Text
+
+    return Text(printable(text), overflow="fold")
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A plain table. A column whose heading ends in '>' is aligned to the right."""
+    from rich.table import Table
+
+    out = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        right = column.endswith(">")
+        out.add_column(
+            column.rstrip(">"),
+            justify="right" if right else "left",
+            no_wrap=right,
+            overflow="fold",
+        )
+    for row in rows:
+        out.add_row(*(safe(cell) for cell in row))
+    return out
