@@ -30,7 +30,7 @@ def refuse_writer(path: Path, file: HostFile) -> None:
         )
 
 
-def open_for(path: Path, common: Common, fmt: str | None = None) -> Chain:
+def open_for(path: Path, common: Common) -> Chain:
     """The chain of `path`, active first.
 
     Raises: what `qchain.chain.chain.open_chain` raises; `Refused` when an image of the
@@ -38,7 +38,7 @@ def open_for(path: Path, common: Common, fmt: str | None = None) -> Chain:
     """
     from qchain.chain.chain import open_chain
 
-    chain = open_chain(path, common.gate(), fmt or common.format)
+    chain = open_chain(path, common.gate(), common.format)
     try:
         if not common.force_share:
             for layer in chain.layers:

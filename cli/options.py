@@ -74,9 +74,9 @@ class Common:
             help="auto (a bar, on a terminal), json (events on stderr) or none.",
         ),
     ] = "auto"
-    search: Annotated[
-        list[Path] | None, typer.Option("--search", metavar="DIR", hidden=True)
-    ] = None
+    search: Annotated[list[Path] | None, typer.Option("--search", metavar="DIR", hidden=True)] = (
+        None
+    )
     snapshot: Annotated[str | None, typer.Option("--snapshot", metavar="NAME", hidden=True)] = None
     secret_file: Annotated[
         Path | None, typer.Option("--secret-file", metavar="FILE", hidden=True)
@@ -139,7 +139,9 @@ class Merging:
     ] = "auto"
     names: Annotated[
         str,
-        typer.Option("--names", metavar="POLICY", help="The name of the result: kept, lowest, target."),
+        typer.Option(
+            "--names", metavar="POLICY", help="The name of the result: kept, lowest, target."
+        ),
     ] = "kept"
     scan: Annotated[
         list[Path] | None,
@@ -148,9 +150,7 @@ class Merging:
     prefer: Annotated[
         str, typer.Option("--prefer", metavar="WHAT", help="time, writes or space.")
     ] = "time"
-    exact: Annotated[
-        bool, typer.Option("--exact", help="Compare contents while planning.")
-    ] = False
+    exact: Annotated[bool, typer.Option("--exact", help="Compare contents while planning.")] = False
     keep_files: Annotated[bool, typer.Option("--keep-files", help="Delete nothing.")] = False
     allow_format_change: Annotated[
         bool,
@@ -193,7 +193,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def wrapper(**values: Any) -> None:
         filled = {
-            name: group(**{field: values.pop(field) for field in inspect.signature(group).parameters})
+            name: group(
+                **{field: values.pop(field) for field in inspect.signature(group).parameters}
+            )
             for name, group in groups.items()
         }
         try:

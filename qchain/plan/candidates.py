@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from qchain.chain.layer import Layer, Qcow2Layer
+from qchain.plan.growth import growth
 from qchain.plan.model import DEFAULT, TimeModel
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
@@ -103,17 +104,10 @@ def _figures(
 ) -> Candidate:
     target = group.members[position]
     layer = layers[target]
-    header = layer.header
-    cluster = 4096 if header is None else header.cluster_size
     # rebase reads the old and the new view of what it moves, and writes what differs.
     reads = traffic.commit_bytes + traffic.pull_bytes * (2 if group.below is not None else 1)
     written = traffic.commit_bytes + traffic.pull_bytes
-    new = traffic.new_clusters + traffic.new_tables
-    refcounts = 0
-    if header is not None:
-        per_block = cluster * 8 // header.refcount_bits
-        refcounts = -(-new // per_block) if new else 0
-    growth = (new + refcounts) * cluster
+    grown = growth(layer, traffic.new_clusters + traffic.new_tables, layers[group.kept].size)
     freed = 0
     if not keep_files:
         freed = sum(layers[index].file.disk_size for index in group.members if index != target)
@@ -135,8 +129,8 @@ def _figures(
         reads,
         written,
         traffic.extents,
-        growth,
-        growth,
+        grown,
+        grown,
         freed,
         round(seconds, 3),
         traffic,

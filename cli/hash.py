@@ -1,0 +1,39 @@
+"""`qchain hash`: the digest of what the guest sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qchain.errors import printable
+
+from .options import Common, command
+from .output import write, write_json
+
+__all__ = ["hash_"]
+
+
+@command
+def hash_(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The image.")],
+    common: Common,
+    algorithm: Annotated[
+        str, typer.Option("--algorithm", "-a", metavar="NAME", help="As hashlib names it.")
+    ] = "sha256",
+) -> None:
+    """Digest of the raw content, equal to that of 'qemu-img convert -O raw'."""
+    from qchain.chain.digest import digest
+
+    from .opening import open_for
+
+    with open_for(image, common) as opened:
+        with common.reporter() as reporter:
+            reporter.step("hashing", opened.size)
+            found = digest(opened.layers, algorithm, reporter.advance)
+        size = opened.size
+    if common.json:
+        write_json({"algorithm": algorithm, "digest": found, "virtual_size": size})
+    else:
+        write(f"{found}  {printable(image)}\n")

@@ -1,0 +1,249 @@
+"""`qchain info`: everything that one file says of itself; its backing file is never opened."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qchain.errors import ImageError, Unsupported
+
+from .options import Common, command
+from .output import absolute, write, write_json
+
+if TYPE_CHECKING:
+    from qchain.hostfile import HostFile
+    from qchain.qcow2.header import Header
+
+__all__ = ["info"]
+
+
+@dataclass
+class _Description:
+    """What was found so far; `error` is the first thing that stopped the reading."""
+
+    fields: dict[str, Any]
+    readable: bool = False
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    error: ImageError | None = None
+
+    def failed(self, error: ImageError) -> None:
+        self.error = self.error or error
+        if error.why not in self.problems:
+            self.problems.append(error.why)
+
+    def as_json(self) -> dict[str, Any]:
+        return self.fields | {
+            "readable": self.readable,
+            "problems": self.problems,
+            "warnings": self.warnings,
+        }
+
+
+@command
+def info(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The image.")], common: Common
+) -> None:
+    """Describe one image: format, sizes, features, snapshots, bitmaps, clusters."""
+    found = _Description(_nothing(image))
+    try:
+        _describe(image, common, found)
+    except ImageError as error:
+        found.readable = False
+        found.failed(error)
+    if common.json:
+        write_json(found.as_json())
+    else:
+        write(_text(image, found.as_json()))
+    if found.error is not None:
+        # The reader of this line is already looking at what 'info' can tell.
+        todo = "" if found.error.todo == ImageError.todo else None
+        raise type(found.error)(found.error.what, found.error.why, todo)
+
+
+def _nothing(image: Path) -> dict[str, Any]:
+    """The fields of an image of which nothing is known yet."""
+    return {
+        "path": absolute(image),
+        "format": None,
+        "version": None,
+        "virtual_size": None,
+        "cluster_size": None,
+        "file_size": None,
+        "disk_size": None,
+        "backing": None,
+        "features": {"incompatible": [], "compatible": [], "autoclear": []},
+        "encryption": None,
+        "data_file": None,
+        "compression": None,
+        "extended_l2": False,
+        "refcount_bits": None,
+        "snapshots": [],
+        "bitmaps": [],
+        "clusters": None,
+    }
+
+
+def _describe(image: Path, common: Common, found: _Description) -> None:
+    from qchain.chain.chain import named_format
+    from qchain.qcow2.foreign import foreign_format
+
+    from .opening import refuse_writer
+
+    with common.gate().open_named(image) as file:
+        found.fields |= {"file_size": file.size, "disk_size": file.disk_size}
+        if not common.force_share:
+            refuse_writer(image, file)
+        try:
+            fmt = named_format(file, common.format)
+        except Unsupported:
+            found.fields["format"] = common.format or foreign_format(file.pread(0, 4096), file.size)
+            raise
+        found.fields["format"] = fmt
+        if fmt == "raw":
+            found.fields["virtual_size"] = -(-file.size // 512) * 512
+            found.readable = True
+        else:
+            _describe_qcow2(image, file, common, found)
+
+
+def _describe_qcow2(image: Path, file: HostFile, common: Common, found: _Description) -> None:
+    from qchain.qcow2.bitmaps import read_bitmaps
+    from qchain.qcow2.header import read_header
+    from qchain.qcow2.snapshots import read_snapshots
+
+    header = read_header(file)
+    found.fields |= _header_fields(header)
+    found.problems += header.problems
+    found.warnings += header.warnings
+    found.readable = header.readable
+    try:
+        found.fields["snapshots"] = [asdict(entry) for entry in read_snapshots(file, header)]
+    except ImageError as error:
+        found.failed(error)
+    try:
+        found.fields["bitmaps"] = [
+            {"name": entry.name, "granularity": entry.granularity, "flags": list(entry.flags)}
+            for entry in read_bitmaps(file, header)
+        ]
+    except ImageError as error:
+        found.failed(error)
+    header.require_readable(image)
+    try:
+        _count(image, file, header, common, found)
+    except ImageError:
+        found.readable = False
+        raise
+
+
+def _count(
+    image: Path, file: HostFile, header: Header, common: Common, found: _Description
+) -> None:
+    from qchain.chain.counts import count_clusters
+    from qchain.chain.layer import Qcow2Layer
+
+    # Only the map is read: the image itself stands for a data file that is not opened.
+    layer = Qcow2Layer(image, file, header, file if header.has_data_file else None)
+    with common.reporter() as reporter:
+        reporter.step("counting clusters", layer.size)
+        counts = count_clusters(layer, reporter.advance)
+    found.fields["clusters"] = asdict(counts)
+    if counts.invalid:
+        raise ImageError(image, f"{counts.invalid} L2 entries break the format")
+
+
+def _header_fields(header: Header) -> dict[str, Any]:
+    backing = None
+    if header.backing_name is not None:
+        backing = {"name": header.backing_name, "format": header.backing_format}
+    return {
+        "version": header.version,
+        "virtual_size": header.size,
+        "cluster_size": header.cluster_size,
+        "backing": backing,
+        "features": {
+            "incompatible": header.incompatible_names,
+            "compatible": header.compatible_names,
+            "autoclear": header.autoclear_names,
+        },
+        "encryption": header.encryption,
+        "data_file": header.data_file_name,
+        "compression": header.compression,
+        "extended_l2": header.extended_l2,
+        "refcount_bits": header.refcount_bits,
+    }
+
+
+def _text(image: Path, found: dict[str, Any]) -> str:
+    from .tables import facts
+
+    rows = [("image", str(image)), ("format", _format_text(found))]
+    rows += _size_rows(found)
+    if found["backing"] is not None:
+        fmt = found["backing"]["format"] or "format not recorded"
+        rows.append(("backing file", f"{found['backing']['name']} ({fmt})"))
+    rows.append(("data file", found["data_file"] or ""))
+    rows.append(("encryption", found["encryption"] or ""))
+    for kind, names in found["features"].items():
+        rows.append((f"{kind} features", ", ".join(names)))
+    rows += _entry_rows(found)
+    rows += [("problem", text) for text in found["problems"]]
+    rows += [("note", text) for text in found["warnings"]]
+    if not found["readable"]:
+        rows.append(("readable", "no"))
+    return facts(rows)
+
+
+def _format_text(found: dict[str, Any]) -> str:
+    if found["version"] is None:
+        return found["format"] or "unknown"
+    parts = [
+        f"qcow2 version {found['version']}",
+        f"{found['compression']} compression",
+        f"{found['refcount_bits']}-bit refcounts",
+    ]
+    return ", ".join([*parts, "extended L2"] if found["extended_l2"] else parts)
+
+
+def _size_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    from .tables import size_text
+
+    names = ("virtual_size", "file_size", "disk_size", "cluster_size")
+    rows = [
+        (name.replace("_", " "), f"{size_text(found[name])} ({found[name]:,} bytes)")
+        for name in names
+        if found[name] is not None
+    ]
+    counts = found["clusters"]
+    if counts is not None:
+        parts = [
+            f"{counts[name]:,} {name}"
+            for name in ("data", "zero", "compressed", "unallocated", "invalid")
+            if counts[name]
+        ]
+        rows.append(("clusters", f"{counts['total']:,}: {', '.join(parts) or 'none'}"))
+    return rows
+
+
+def _entry_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    from .tables import size_text
+
+    rows = []
+    for entry in found["snapshots"]:
+        text = f"{entry['id']} {entry['name']}, disk of {size_text(entry['disk_size'])}"
+        if entry["vm_state_size"]:
+            text += f", VM state of {size_text(entry['vm_state_size'])}"
+        rows.append(("snapshots", f"{text}, taken {_date(entry['date_sec'])}"))
+    for entry in found["bitmaps"]:
+        flags = "".join(f", {flag}" for flag in entry["flags"])
+        rows.append(("bitmaps", f"{entry['name']}, one bit for {entry['granularity']}{flags}"))
+    return rows
+
+
+def _date(seconds: int) -> str:
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

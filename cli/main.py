@@ -1,0 +1,148 @@
+"""The command `qchain`: its commands, and every way it can end.
+
+An error is one line on stderr, `qchain: <what>: <why>; <what to do>`, and an exit code
+of `qchain.errors.ExitCode`. Tracebacks are for QCHAIN_DEBUG only. Whatever a command
+needs it imports when it runs: `qchain --help` loads neither numpy nor construct nor rich.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+import typer.main
+
+from qchain.errors import ExitCode, QchainError, Refused
+
+from . import chain, compare, hash, info, map, merge, plan
+from .options import LATER, Interrupted
+from .output import OutputClosed, note, write, write_error
+
+__all__ = ["app", "main"]
+
+# click's exceptions, or those of the copy of click that newer typers bring along.
+_parsing = importlib.import_module(typer.BadParameter.__module__)
+
+_CLOSED = 141
+"""As a shell reports a process that SIGPIPE ended."""
+
+_LATER = (
+    *("tree", "check", "diff", "extract", "report", "seal", "verify", "apply", "commit", "pull"),
+    *("copy", "recover", "rebase", "snapshot", "domain", "fleet", "lab"),
+)
+
+app = typer.Typer(
+    name="qchain",
+    help="Offline toolkit for qcow2 backing chains: read, plan, merge, verify.",
+    add_completion=False,
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        write(f"qchain {version('qchain')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("info")(info.info)
+app.command("chain")(chain.chain)
+app.command("map")(map.map_)
+app.command("compare")(compare.compare)
+app.command("hash")(hash.hash_)
+app.command("plan")(plan.plan)
+app.command("merge")(merge.merge)
+
+
+def _refusal(name: str) -> None:
+    @app.command(
+        name,
+        hidden=True,
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    )
+    def refuse() -> None:
+        raise Refused(name, LATER, "see 'qchain --help' for what there is")
+
+
+for _name in _LATER:
+    _refusal(_name)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (`sys.argv` without `arguments`); returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # A name that the terminal's encoding lacks must not be an error.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return _run(None if arguments is None else list(arguments))
+    except OutputClosed:
+        _forget_stdout()
+        return _CLOSED
+    except (Interrupted, KeyboardInterrupt, typer.Abort):
+        write_error("qchain: interrupted")
+        return ExitCode.INTERRUPTED
+    except QchainError as error:
+        write_error(f"qchain: {error}")
+        return error.exit_code
+    except _parsing.ClickException as error:
+        note(_usage_line(error))
+        return ExitCode.USAGE
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None and not _debugging():
+            # Merging turns its own into FailedMidway: nothing has been changed here.
+            note(f"{error.filename}: {(error.strerror or str(error)).lower()}; check it and retry")
+            return ExitCode.INVALID
+        if _debugging():
+            raise
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        note(f"internal error: {what}; set QCHAIN_DEBUG=1 for the details and report it")
+        return ExitCode.FAILED
+
+
+def _debugging() -> bool:
+    return bool(os.environ.get("QCHAIN_DEBUG"))
+
+
+def _run(arguments: list[str] | None) -> int:
+    result = typer.main.get_command(app).main(arguments, prog_name="qchain", standalone_mode=False)
+    return result if isinstance(result, int) else ExitCode.DONE
+
+
+def _usage_line(error: Exception) -> str:
+    """What the parser complains of, in the shape of all our errors."""
+    why = " ".join(_parsing.ClickException.format_message(error).split()).rstrip(".")
+    with contextlib.suppress(Exception):
+        why = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
+    context = getattr(error, "ctx", None)
+    path = getattr(context, "command_path", None) or "qchain"
+    return f"{path.removeprefix('qchain ')}: {why}; see '{path} --help'"
+
+
+def _forget_stdout() -> None:
+    """Nobody reads it: let the interpreter's last flush go nowhere."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, sys.stdout.fileno())
+        os.close(sink)

@@ -1,0 +1,117 @@
+"""`qchain merge`: do what `qchain plan` says, and prove that every kept point reads the same."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qchain.errors import Refused, UsageError
+
+from .options import Common, Merging, command
+from .output import OutputClosed, save_json, write, write_json
+
+if TYPE_CHECKING:
+    from qchain.plan.plan import Plan
+    from qchain.run.execute import MergeResult
+
+__all__ = ["merge"]
+
+
+@command
+def merge(
+    active: Annotated[list[Path], typer.Argument(metavar="ACTIVE", help="The active image.")],
+    merging: Merging,
+    common: Common,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Merge: drop points of a chain; every kept one reads as before, and that is verified."""
+    from qchain.run.execute import execute
+
+    from .planning import opened_and_planned, program, refuse, show_plan, write_commands
+
+    terminal = sys.stdin is not None and sys.stdin.isatty()
+    if not (yes or terminal or merging.dry_run):
+        raise UsageError("merge", "there is no terminal to ask on", "add --yes to merge unasked")
+    with opened_and_planned(active, merging, common) as (chain, plan):
+        document = plan.as_json(program())
+        if merging.output is not None:
+            save_json(document, merging.output)
+        if common.json and (plan.refusals or merging.dry_run):
+            write_json(document)
+        elif merging.dry_run:
+            write_commands(plan)
+        elif not common.json:
+            show_plan(plan)
+        refuse(plan)
+        if merging.dry_run:
+            return
+        if not yes and plan.steps:
+            _ask(plan, common.json)
+        with _ending_in_order(), common.reporter() as reporter:
+            result = execute(plan, chain, None, reporter)
+    # It is done: that nobody reads of it any more does not change that.
+    with contextlib.suppress(OutputClosed):
+        if common.json:
+            write_json(document | _result_json(result))
+        elif plan.steps:
+            write(_result_text(result))
+
+
+def _ask(plan: Plan, shown: bool) -> None:
+    """Ask on the terminal. Raises `Refused` unless the answer is yes."""
+    from .planning import show_plan
+
+    if shown:
+        # stdout is for the JSON document alone.
+        show_plan(plan, stderr=True)
+    sys.stderr.write("\nMerge? [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise Refused("merge", "not confirmed", "nothing was changed")
+
+
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """A request to end is as ^C: what has begun is put back, then the process ends."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is signal.SIG_DFL
+    ]
+    for number in numbers:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _result_json(result: MergeResult) -> dict[str, Any]:
+    verified = {
+        "mode": result.mode,
+        "compared_bytes": result.compared_bytes,
+        "identical": result.identical,
+    }
+    return {"verified": verified, "seconds": round(result.seconds, 3)}
+
+
+def _result_text(result: MergeResult) -> str:
+    from .tables import seconds_text, size_text
+
+    took = f"\nMerged in {seconds_text(result.seconds)}; "
+    if result.mode == "none":
+        return took + "not verified, as asked.\n"
+    compared = size_text(result.compared_bytes)
+    return took + f"verified ({result.mode}): {compared} compared, every kept point identical.\n"

@@ -1,0 +1,34 @@
+"""`qchain plan`: what a merge would cost in every possible way, and which way is the best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Common, Merging, command
+from .output import save_json, write_json
+
+__all__ = ["plan"]
+
+
+@command
+def plan(
+    active: Annotated[list[Path], typer.Argument(metavar="ACTIVE", help="The active image.")],
+    merging: Merging,
+    common: Common,
+) -> None:
+    """Plan a merge and say why; nothing is changed."""
+    from .planning import opened_and_planned, program, refuse, show_plan, write_commands
+
+    with opened_and_planned(active, merging, common) as (_, made):
+        if merging.output is not None:
+            save_json(made.as_json(program()), merging.output)
+        if common.json:
+            write_json(made.as_json(program()))
+        elif merging.dry_run:
+            write_commands(made)
+        else:
+            show_plan(made)
+        refuse(made)

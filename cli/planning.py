@@ -1,0 +1,192 @@
+"""What plan and merge share: make the plan, show it, refuse."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from qchain.errors import ExitCode, Refused, UsageError, printable
+
+from .options import LATER, Common, Merging
+from .output import console, note, write
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qchain.chain.chain import Chain
+    from qchain.plan.plan import GroupPlan, Plan
+    from qchain.plan.steps import Step
+
+__all__ = ["opened_and_planned", "program", "refuse", "show_plan", "write_commands"]
+
+_SHOWN = 5  # images of a group that are named in a drawing
+
+
+@contextmanager
+def opened_and_planned(
+    active: Sequence[Path], merging: Merging, common: Common
+) -> Iterator[tuple[Chain, Plan]]:
+    """Open the chain and plan the merge of it; the chain is closed on leaving.
+
+    Raises: `Refused` (several active images, in use, a backing format that is not
+        recorded), `UsageError`, other `ImageError`s.
+    """
+    from qchain.chain.chain import FormatNotRecorded
+    from qchain.plan.options import MergeOptions
+    from qchain.plan.plan import make_plan
+    from qchain.plan.selection import Request
+
+    from .opening import open_for
+
+    request = Request(
+        drop=tuple(merging.drop or ()),
+        keep=tuple(merging.keep or ()),
+        flatten=merging.flatten,
+        collapse=merging.collapse,
+    )
+    if sum((bool(request.drop), bool(request.keep), request.flatten, request.collapse)) != 1:
+        why = "exactly one of --drop, --keep, --flatten, --collapse is needed"
+        raise UsageError("which points", why, "say what is to be dropped or kept")
+    options = MergeOptions(
+        strategy=merging.strategy,
+        engine=merging.engine,
+        names=merging.names,
+        prefer=merging.prefer,
+        verify=merging.verify,
+        scan=tuple(merging.scan or ()),
+        exact=merging.exact,
+        keep_files=merging.keep_files,
+        allow_format_change=merging.allow_format_change,
+    )
+    for directory in options.scan:
+        if not directory.is_dir():
+            raise UsageError(directory, "is no directory", "give --scan a directory")
+    if len(active) > 1:
+        raise Refused(active[1], f"several active images: this {LATER}", "merge one at a time")
+    try:
+        chain = open_for(active[0], common)
+    except FormatNotRecorded as error:
+        raise Refused(error.what, error.why, error.todo) from None
+    with chain:
+        with common.reporter() as reporter:
+            reporter.step("planning", chain.size)
+            plan = make_plan(chain, request, options, progress=reporter.advance)
+        yield chain, plan
+
+
+def program() -> str:
+    """The name of qemu-img in commands that are shown."""
+    return os.environ.get("QCHAIN_QEMU_IMG") or "qemu-img"
+
+
+def refuse(plan: Plan) -> None:
+    """Each refusal of the plan is a line on stderr, and the end (exit 3)."""
+    for line in plan.refusals:
+        note(line)
+    if plan.refusals:
+        raise typer.Exit(ExitCode.REFUSED)
+
+
+def write_commands(plan: Plan) -> None:
+    """The commands of the plan in order, one per line, quoted for a shell."""
+    from qchain.plan.steps import shell_line
+
+    for step in plan.steps:
+        line = shell_line(step, program())
+        if line is not None:
+            write((line if line.isprintable() else _escaped(step)) + "\n")
+
+
+def _escaped(step: Step) -> str:
+    """The line of a step whose names hold what no terminal should get.
+
+    `$'...'` is understood by bash, zsh, ksh and POSIX shells since 2024.
+    """
+    from qchain.plan.steps import Command, arguments
+
+    line = " ".join(_word(word) for word in arguments(step, program()) or ())
+    if isinstance(step, Command) and step.cwd is not None:
+        return f"(cd {_word(str(step.cwd))} && {line})"
+    return line
+
+
+def _word(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    safe = (
+        chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\{byte:03o}"
+        for byte in os.fsencode(word)
+    )
+    return f"$'{''.join(safe)}'"
+
+
+def show_plan(plan: Plan, stderr: bool = False) -> None:
+    """The plan for a person: per group the chain before and after, the candidates, the choice."""
+    from .tables import safe
+
+    out = console(stderr)
+    if not plan.groups:
+        out.print(safe("Nothing is dropped: there is nothing to do."))
+    described: list[dict[str, Any]] = plan.as_json(program())["groups"]  # type: ignore[assignment]
+    for number, (group, fields) in enumerate(zip(plan.groups, described, strict=True), 1):
+        if number > 1:
+            out.print()
+        if len(plan.groups) > 1:
+            out.print(safe(f"Group {number} of {len(plan.groups)}"))
+        _show_group(out, plan, group, fields)
+    if plan.steps and not stderr:
+        out.print()
+        out.print(safe(f"{len(plan.steps)} steps; --dry-run prints them as commands."))
+
+
+def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, Any]) -> None:
+    from .tables import facts, safe, seconds_text, size_text, table
+
+    names = [layer.path.name for layer in plan.layers]
+    below = [] if group.group.below is None else [names[group.group.below]]
+    kept = names[group.group.kept]
+    dropped = [names[index] for index in group.group.dropped]
+    if len(dropped) > _SHOWN:
+        dropped = [*dropped[: _SHOWN - 2], f"({len(dropped) - _SHOWN + 1} more)", dropped[-1]]
+    result = kept if group.result is None else group.result.name
+    drawn = facts(
+        [
+            ("before", " -> ".join([kept, *dropped, *below])),
+            ("after", " -> ".join([result, *below])),
+        ],
+        out.width,
+    )
+    out.print(drawn, end="", soft_wrap=True)
+    out.print()
+    rows = []
+    for candidate in group.candidates:
+        if candidate.feasible and candidate.target is not None:
+            rows.append(
+                (
+                    "*" if candidate is group.chosen else "",
+                    candidate.strategy,
+                    names[candidate.target],
+                    size_text(candidate.read_bytes),
+                    size_text(candidate.write_bytes),
+                    size_text(candidate.target_growth_bytes),
+                    size_text(candidate.freed_bytes),
+                    seconds_text(candidate.seconds),
+                )
+            )
+    if rows:
+        heads = ("", "strategy", "into", "reads>", "writes>", "grows>", "frees>", "time>")
+        out.print(table(heads, rows))
+    for candidate in group.candidates:
+        if not candidate.feasible and candidate.target is not None:
+            into = names[candidate.target]
+            text = f"  {candidate.strategy} into {into}: not possible: {candidate.reason}"
+            out.print(safe(text))
+    chosen = str(fields["why"])
+    out.print()
+    out.print(safe(f"Chosen: {chosen}." if group.chosen is not None else f"{printable(chosen)}."))
