@@ -60,7 +60,7 @@ def info(
         write(_text(image, found.as_json()))
     if found.error is not None:
         # The reader of this line is already looking at what 'info' can tell.
-        todo = "" if found.error.todo == ImageError.todo else None
+        todo = "" if found.error.todo == ImageError.todo else found.error.todo
         raise type(found.error)(found.error.what, found.error.why, todo)
 
 

@@ -137,7 +137,8 @@ def _usage_line(error: Exception) -> str:
         why = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
     context = getattr(error, "ctx", None)
     path = getattr(context, "command_path", None) or "qchain"
-    return f"{path.removeprefix('qchain ')}: {why}; see '{path} --help'"
+    what = path.removeprefix("qchain").strip() or "command line"
+    return f"{what}: {why}; see '{path} --help'"
 
 
 def _forget_stdout() -> None:

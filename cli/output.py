@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -80,7 +81,10 @@ def absolute(path: Path) -> str:
 
 
 class _Stream:
-    """A stream whose failures rich does not have to understand."""
+    """What rich writes to. It would end the process on a broken pipe, amid a merge even.
+
+    On stdout failures are ours (`write`); on stderr they do not matter.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -89,8 +93,15 @@ class _Stream:
         if self._stream is sys.stdout:
             write(text)
         else:
-            self._stream.write(text)
+            with contextlib.suppress(OSError, ValueError):
+                self._stream.write(text)
         return len(text)
+
+    def flush(self) -> None:
+        # `write` has flushed stdout.
+        if self._stream is not sys.stdout:
+            with contextlib.suppress(OSError, ValueError):
+                self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

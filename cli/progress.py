@@ -91,7 +91,6 @@ def _bar(label: str, done: int, total: int) -> tuple[Progress, TaskID]:
     from rich.progress import (
         BarColumn,
         Progress,
-        TaskProgressColumn,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
@@ -104,7 +103,7 @@ def _bar(label: str, done: int, total: int) -> tuple[Progress, TaskID]:
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        TaskProgressColumn(markup=False),
+        TextColumn("{task.percentage:>3.0f} %", markup=False),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
         console=console(stderr=True),

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from fixtures.bigmeta import build_big_chain
 from fixtures.build import Chain, build_chain
 from fixtures.generate import chains
 from fixtures.language import LayerSpec
-from fixtures.oracle import qemu_img, qemu_map
+from fixtures.oracle import qemu_map
 from qchain.chain.chain import open_chain
 from qchain.chain.extent import Extent
 from qchain.chain.extents import extents

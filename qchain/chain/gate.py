@@ -9,6 +9,7 @@ are opened. Symbolic links are judged by where they lead.
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,10 +52,11 @@ class Gate:
 
     def locate(self, path: Path, named: Path) -> Path:
         """Where a file that an image refers to is: `path`, or of that name in `search`."""
-        if self.search and not (self.permits(path, named) and path.exists()):
+        if self.search and not (self.permits(path, named) and _mode(path)):
             for directory in self.search:
                 found = directory / path.name
-                if found.is_file() or found.is_block_device():
+                mode = _mode(found)
+                if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
                     return found
         return path
 
@@ -80,3 +82,11 @@ class Gate:
         if any(real.parent == Path(os.path.realpath(each)) for each in self.search):
             return True
         return real.parent in own or any(real.is_relative_to(root) for root in self._roots)
+
+
+def _mode(path: Path) -> int:
+    """What `path` leads to, 0 where that is nothing (also for names that no file can have)."""
+    try:
+        return path.stat().st_mode
+    except (OSError, ValueError):
+        return 0

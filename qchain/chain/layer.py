@@ -18,6 +18,7 @@ import numpy.typing as npt
 from qchain.hostfile import HostFile
 from qchain.qcow2.entries import (
     NO_HOST,
+    SUBCLUSTERS,
     Kind,
     allocated_extended,
     allocated_standard,
@@ -183,8 +184,30 @@ class Qcow2Layer:
                 version=self.version,
                 data_file=external,
             )
+        if external or self.extended:
+            self._distrust(first, kind, host)
         skip = (start - (first << self.cluster_bits)) // self.granularity
         return Cells(self.granularity, kind[skip:], host[skip:])
+
+    def _distrust(
+        self, first: int, kind: npt.NDArray[np.uint8], host: npt.NDArray[np.uint64]
+    ) -> None:
+        """Mark what qemu refuses for more than the (sub)cluster's own bits.
+
+        Source: `qcow2_get_host_offset`, `qcow2_get_subcluster_type`.
+        """
+        if self.data_file is not None:
+            # An external data file holds every cluster at its guest offset.
+            start = np.uint64(first << self.cluster_bits)
+            step = np.uint64(self.granularity)
+            guest = start + np.arange(len(host), dtype=np.uint64) * step
+            plain_zero = (host == 0) & (kind == Kind.ZERO)
+            kind[(host != NO_HOST) & (host != guest) & ~plain_zero] = Kind.INVALID
+        if self.extended:
+            # One impossible subcluster spoils its cluster.
+            bad = (kind == Kind.INVALID).reshape(-1, SUBCLUSTERS).any(axis=1)
+            if bad.any():
+                kind[np.repeat(bad, SUBCLUSTERS)] = Kind.INVALID
 
     def masks(self, start: int, end: int, zeroes: bool = False) -> Masks | None:
         if start >= self.size:

@@ -15,7 +15,19 @@ from qchain.errors import ImageError, Unsupported
 __all__ = ["BackingFile", "resolve_backing", "resolve_name"]
 
 _FILE_DRIVERS = ("file", "host_device")
-_TAME = frozenset({"driver", "filename", "read-only", "auto-read-only", "discard", "cache", "aio"})
+_TAME = frozenset(
+    [
+        "driver",
+        "filename",
+        "read-only",
+        "auto-read-only",
+        "discard",
+        "cache.direct",
+        "cache.no-flush",
+        "aio",
+        "locking",
+    ]
+)
 """Options of a file that change nothing of what is read."""
 
 
@@ -115,7 +127,8 @@ def _flatten(
         return None
     out: dict[str, object] = {}
     for key, value in options.items():
-        if isinstance(value, dict):
+        # An empty object is an option like any other: it must not vanish here.
+        if isinstance(value, dict) and value:
             inner = _flatten(value, f"{prefix}{key}.", depth + 1)
             if inner is None:
                 return None

@@ -69,7 +69,9 @@ def read(layers: Sequence[Layer], start: int, length: int) -> bytes:
     """Guest bytes [start, start + length) of the disk of `layers` (active first).
 
     Cut at the end of the disk.
+    Raises: `ImageError` when an image cannot be read.
     """
+    require_content(layers)
     end = min(start + length, layers[0].size)
     if end <= start:
         return b""

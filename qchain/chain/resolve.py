@@ -119,7 +119,7 @@ def resolve(layers: Sequence[Layer], start: int, end: int) -> tuple[npt.NDArray[
 
     Returns: (depth, cells), arrays of shape (n,), n = ceil((end - start) / unit). The
         unit adapts to the finest layer that allocates anything in the window.
-    Raises: `DataError` when a cluster that decides breaks the specification.
+        `Kind.INVALID` where a cluster that decides breaks the specification.
     """
     unit = end - start
     depth = np.full(1, len(layers) - 1, np.int32)
@@ -156,14 +156,6 @@ def resolve(layers: Sequence[Layer], start: int, end: int) -> tuple[npt.NDArray[
             pending[:count] &= ~takes
         if layer.terminal or not pending.any():
             break
-    invalid = np.flatnonzero(out.kind == Kind.INVALID)
-    if len(invalid):
-        cell = int(invalid[0])
-        raise DataError(
-            layers[int(depth[cell])].path,
-            f"the L2 entry of guest offset {start + cell * out.unit} breaks the format",
-            "see 'qemu-img check'",
-        )
     return depth, out
 
 
@@ -193,8 +185,28 @@ def runs(layers: Sequence[Layer], start: int = 0, end: int | None = None) -> Ite
     """The chain's state over [start, end), window after window, without gaps.
 
     Runs are joined within a window, not across two. `start` may be any offset.
+
+    Raises: `DataError` when a cluster of [start, end) that decides breaks the
+        specification. One outside of it harms nothing, as in qemu.
     """
+    size = layers[0].size if end is None else min(end, layers[0].size)
+    if start >= size:
+        return
     aligned = start // ALIGNMENT * ALIGNMENT
     for low, high in windows(layers, aligned, end):
         found = _window_runs(layers, low, high)
-        yield found if low >= start else found.clip(start, high)
+        if low < start:
+            found = found.clip(start, high)
+        _require_valid(layers, found)
+        yield found
+
+
+def _require_valid(layers: Sequence[Layer], table: Runs) -> None:
+    invalid = np.flatnonzero(table.kind == Kind.INVALID)
+    if len(invalid):
+        first = int(invalid[0])
+        raise DataError(
+            layers[int(table.depth[first])].path,
+            f"the L2 entry of guest offset {int(table.start[first])} breaks the format",
+            "see 'qemu-img check'",
+        )

@@ -13,10 +13,13 @@ from qchain.hostfile import FileId, HostFile
 from qchain.qcow2.foreign import is_qcow2
 from qchain.qcow2.header import read_header
 
-__all__ = ["WORK_PREFIX", "Overlay", "identity", "overlays_in"]
+__all__ = ["JOURNAL_SUFFIX", "WORK_PREFIX", "Overlay", "identity", "overlays_in", "unfinished"]
 
 WORK_PREFIX = ".qchain-"
 """Names of our own work directories and aliases; scans pass over them."""
+
+
+JOURNAL_SUFFIX = ".journal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,3 +80,14 @@ def _overlay(path: Path) -> Overlay | None:
             return None if backing_id is None else Overlay(path, file.id, backing, backing_id)
     except ImageError:
         return None
+
+
+def unfinished(directories: Iterable[Path]) -> list[Path]:
+    """The journals in the directories themselves: merges that are not finished."""
+    found = {
+        path
+        for directory in directories
+        for path in directory.glob(f"{WORK_PREFIX}*{JOURNAL_SUFFIX}")
+        if path.is_file()
+    }
+    return sorted(found)

@@ -13,7 +13,12 @@ from qchain.chain.layer import Layer
 from qchain.plan.candidates import Candidate, candidates_of, choose
 from qchain.plan.model import DEFAULT, TimeModel
 from qchain.plan.options import MergeOptions
-from qchain.plan.refusals import file_refusals, overlay_refusals, space_refusals
+from qchain.plan.refusals import (
+    file_refusals,
+    overlay_refusals,
+    space_refusals,
+    unfinished_refusals,
+)
 from qchain.plan.selection import Group, Request, groups_of, select
 from qchain.plan.sequence import Above, sequence
 from qchain.plan.steps import Step, as_json
@@ -40,6 +45,8 @@ class Plan:
     options: MergeOptions
     groups: tuple[GroupPlan, ...]
     refusals: tuple[str, ...]
+    token: str = ""
+    """Part of the names of work files."""
 
     @property
     def steps(self) -> list[Step]:
@@ -130,7 +137,8 @@ def make_plan(
     options = options or MergeOptions()
     layers = chain.layers
     groups = groups_of(select(request, layers), len(layers))
-    refusals = [line for group in groups for line in file_refusals(layers, group)]
+    refusals = unfinished_refusals(layers)
+    refusals += [line for group in groups for line in file_refusals(layers, group)]
     refusals += overlay_refusals(layers, groups, options)
     found: list[tuple[Group, list[Candidate], Candidate | None]] = []
     needs: list[tuple[Path, int]] = []
@@ -154,7 +162,7 @@ def make_plan(
             steps, result = sequence(layers, group, chosen, options, f"{token}{number:x}", above)
             results[group.members[-1]] = (result, layers[chosen.target].format)
         plans.append(GroupPlan(group, tuple(candidates), chosen, tuple(steps), result))
-    return Plan(layers, options, tuple(plans), tuple(dict.fromkeys(refusals)))
+    return Plan(layers, options, tuple(plans), tuple(dict.fromkeys(refusals)), token)
 
 
 def _above(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from qchain.chain.layer import Layer
-from qchain.chain.scan import overlays_in
+from qchain.chain.scan import overlays_in, unfinished
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
 
-__all__ = ["file_refusals", "overlay_refusals", "space_refusals"]
+__all__ = ["file_refusals", "overlay_refusals", "space_refusals", "unfinished_refusals"]
 
 
 def file_refusals(layers: Sequence[Layer], group: Group) -> list[str]:
@@ -88,6 +89,26 @@ def overlay_refusals(
             f"{below.path.name}, or merge or move that overlay first"
         )
     return out
+
+
+def unfinished_refusals(layers: Sequence[Layer]) -> list[str]:
+    """Merges in the chain's directories that were stopped and not finished."""
+    names = {str(layer.path.absolute()) for layer in layers}
+    return [
+        f"{path}: a merge of this chain is not finished; 'qchain recover {path.parent}' first"
+        for path in unfinished({layer.path.absolute().parent for layer in layers})
+        if _concerns(path, names)
+    ]
+
+
+def _concerns(journal: Path, names: set[str]) -> bool:
+    """Whether a journal names one of the files; one that cannot be read might."""
+    try:
+        groups = json.loads(journal.read_bytes())["groups"]
+        listed = {layer["path"] for group in groups for layer in group["layers"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+    return not names.isdisjoint(listed)
 
 
 def space_refusals(needs: Sequence[tuple[Path, int]]) -> list[str]:

@@ -190,6 +190,12 @@ class _Builder:
             moved = self.j.size
         self.add(Compare(self.j_path, new, below, self.j.format, self.t.format, moved))
 
+    def way(self, final: Path) -> str | None:
+        """The backing name during the switch: absolute where the directory changes."""
+        if final.parent == self.t_path.parent or self.group.below is None:
+            return self.backing_name(self.t_path.parent)
+        return str(_absolute(self.layers[self.group.below].path))
+
     def switch(self) -> Path:
         """Give the result its name; returns it."""
         directory = self.t_path.parent
@@ -199,12 +205,7 @@ class _Builder:
             final = _absolute(self.lowest.path)
         else:
             final = self.t_path
-        moves = final.parent != directory and final != self.t_path
-        name_here, name_there = self.backing_name(directory), self.backing_name(final.parent)
-        # On the way to another directory a relative name would mean another file.
-        way = name_here
-        if moves and name_there is not None and self.group.below is not None:
-            way = str(_absolute(self.layers[self.group.below].path))
+        name_here, way = self.backing_name(directory), self.way(final)
         if self.pulls or way != name_here:
             # Every cluster is durable: the header alone changes, j reads the same.
             self.point_to(self.t_path, way)
@@ -233,25 +234,24 @@ class _Builder:
             self.add(Command(tuple(argv), label=label, writes=(self.above.path,)))
             self.add(Sync(self.above.path))
             self.add(Confirm(self.above.path, final))
-        if self.options.names == "lowest" and final != self.t_path and not self.options.keep_files:
-            self.add(Unlink(self.t_path))
-        if way != name_there and moves:
-            self.point_to(final, name_there)
         return final
 
     def delete(self, final: Path) -> None:
-        renamed = self.options.names == "kept" and final != self.t_path
+        """Remove the names that are left over, from the top down: what backs goes last."""
         directories = {self.t_path.parent}
-        if not self.options.keep_files:
-            for index in self.group.members:
-                path = _absolute(self.layers[index].path)
-                gone = index == self.t_index and (renamed or path == final)
-                if path == final or gone:
-                    continue
-                if index == self.t_index:
-                    continue  # unlinked by the switch
-                self.add(Unlink(path))
-                directories.add(path.parent)
+        renamed = self.options.names == "kept" and final != self.t_path
+        for index in self.group.members:
+            path = _absolute(self.layers[index].path)
+            if path == final or (renamed and path == self.t_path):
+                continue
+            if self.options.keep_files and path != self.t_path:
+                continue
+            self.add(Unlink(path))
+            directories.add(path.parent)
+        name = self.backing_name(final.parent)
+        if final.parent != self.t_path.parent and name != self.way(final):
+            # Only now does nobody read it from its old directory any more.
+            self.point_to(final, name)
         self.add(*(Sync(directory) for directory in sorted(directories)))
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "COPIED",
     "NO_HOST",
     "OFFSET_MASK",
+    "SUBCLUSTERS",
     "ZERO",
     "Kind",
     "allocated_extended",
@@ -42,6 +43,7 @@ NO_HOST = (1 << 64) - 1
 """In a host-offset array: no host cluster. (0 would be a valid offset in a data file.)"""
 
 SUBCLUSTERS = 32
+"""Subclusters per cluster with extended L2 entries."""
 
 
 class Kind(IntEnum):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,9 +83,11 @@ def make_directory_durably(path: Path, mode: int = 0o700) -> None:
 
 def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
     """`path` holds all of `data`, or what it held before; never a part."""
-    new = path.with_name(f".qchain-{secrets.token_hex(4)}.new")
+    new = path.with_name(f"{path.name}.new")
     with _told(path, "write"):
-        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        fd = os.open(
+            new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode
+        )
         try:
             with os.fdopen(fd, "wb") as file:
                 file.write(data)

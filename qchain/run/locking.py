@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from qchain.chain.layer import Layer
 from qchain.errors import Refused
+from qchain.hostfile import HostFile
 from qchain.run.locks import hold_reader, hold_writer, holder_name, keep_unshared, probe, release
 
-__all__ = ["ChainLocks"]
+__all__ = ["ChainLocks", "sole"]
 
 
 class ChainLocks:
@@ -63,10 +66,34 @@ class ChainLocks:
                 if probe(layer.file.fd).known:
                     hold_reader(layer.file.fd)
 
-    def before_switch(self, kept: Layer) -> None:
+    def before_switch(self, kept: HostFile) -> None:
         """Nobody may have the kept image open when its name goes to another file."""
-        if probe(kept.file.fd).known:
-            hold_writer(kept.file.fd)
+        if probe(kept.fd).known:
+            hold_writer(kept.fd)
+
+
+@contextmanager
+def sole(active: Path) -> Iterator[None]:
+    """Be the only qchain that works on the chain of `active` (flock, which qemu ignores).
+
+    Raises `Refused` when another one is at it.
+    """
+    try:
+        fd = os.open(active, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        yield  # its name is gone: nothing is left that two could do to it
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise Refused(
+            active, "another qchain is working on this chain", "wait until it has ended"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 def _is_any(layer: Layer, names: Iterable[Path]) -> bool:

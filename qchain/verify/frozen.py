@@ -23,7 +23,7 @@ from qchain.qcow2.entries import NO_HOST, Kind
 from qchain.qcow2.header import Header, read_header
 from qchain.qcow2.tables import MapTables
 
-__all__ = ["freeze", "frozen_view", "rescue"]
+__all__ = ["freeze", "frozen_view", "open_rescued", "rescue"]
 
 
 def freeze(layer: Qcow2Layer, into: Path) -> None:
@@ -85,6 +85,7 @@ class RescuedLayer:
         self.granularity = unit
         self.file = file
         self.clusters = clusters
+        self.first = _data_start(len(clusters), unit)
 
     @property
     def data(self) -> HostFile:
@@ -103,7 +104,9 @@ class RescuedLayer:
         host = np.full(last - first, NO_HOST, np.uint64)
         where = self.clusters[low:high] - first
         kind[where] = Kind.DATA
-        host[where] = np.arange(low, high, dtype=np.uint64) * np.uint64(unit)
+        host[where] = np.uint64(self.first) + np.arange(low, high, dtype=np.uint64) * np.uint64(
+            unit
+        )
         return Cells(unit, kind, host)
 
     def masks(self, start: int, end: int, zeroes: bool = False) -> Masks | None:
@@ -111,14 +114,15 @@ class RescuedLayer:
         return None if cells is None else Masks(cells.unit, cells.kind == Kind.DATA, None)
 
 
-def rescue(view: Sequence[Layer], target: int, granularity: int, into: Path) -> RescuedLayer | None:
+def rescue(view: Sequence[Layer], target: int, granularity: int, into: Path) -> None:
     """Copy out the compressed clusters of `view[target]` that a commit partly overwrites.
 
     Args:
         view: the kept point, active first; `target` is the layer committed into.
         granularity: that of the commit; what it rounds out to may be written.
 
-    Returns: None when there are none (the usual case, and nothing is written).
+    `into` gets a count, the cluster numbers and the clusters (see `open_rescued`); where
+    there are none, the usual case, nothing is written.
     """
     layer = view[target]
     assert isinstance(layer, Qcow2Layer)
@@ -136,9 +140,11 @@ def rescue(view: Sequence[Layer], target: int, granularity: int, into: Path) -> 
         risky.append(clusters[np.isin(clusters * cluster // reach, dirty)])
     found = np.unique(np.concatenate(risky)) if risky else np.zeros(0, np.int64)
     if not len(found):
-        return None
+        return
     descriptor = os.open(into, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as out:
+        out.write(np.array([len(found), *found.tolist()], "<i8").tobytes())
+        out.seek(_data_start(len(found), cluster))
         for index in found.tolist():
             content = bytearray(cluster)
             for table in runs([layer], index * cluster, (index + 1) * cluster):
@@ -147,7 +153,21 @@ def rescue(view: Sequence[Layer], target: int, granularity: int, into: Path) -> 
             out.write(content)
         out.flush()
         os.fsync(out.fileno())
-    return RescuedLayer(layer.path, layer.size, cluster, HostFile(into), found)
+
+
+def _data_start(count: int, cluster: int) -> int:
+    """Where the clusters begin in a file of rescued ones."""
+    return -(-(count + 1) * 8 // cluster) * cluster
+
+
+def open_rescued(layer: Qcow2Layer, path: Path) -> RescuedLayer | None:
+    """What `rescue` wrote for `layer` to `path`; None when it wrote nothing."""
+    if not path.exists():
+        return None
+    file = HostFile(path)
+    count = int.from_bytes(file.pread(0, 8), "little")
+    clusters = np.frombuffer(file.pread(8, count * 8), "<i8").astype(np.int64)
+    return RescuedLayer(layer.path, layer.size, layer.cluster_size, file, clusters)
 
 
 def _pieces(table: Runs, which: npt.NDArray[np.bool_], unit: int) -> npt.NDArray[np.int64]:

@@ -1,0 +1,25 @@
+# Everything from a fresh clone: each target first installs what is missing (scripts/setup).
+.PHONY: help setup demo test bench clean
+
+help:
+	@echo "make demo    build a real chain, merge it, prove that nothing changed"
+	@echo "make test    linters, types and all tests"
+	@echo "make bench   qchain and qemu-img side by side"
+	@echo "make setup   only install what the others need; the command is .venv/bin/qchain"
+	@echo "make clean   remove .venv and all caches"
+
+setup:
+	@bash scripts/setup
+
+demo: setup
+	@.venv/bin/python -m fixtures.demo
+
+test:
+	@bash scripts/test
+
+bench: setup
+	@.venv/bin/python -m benchmarks
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

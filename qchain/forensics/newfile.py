@@ -1,0 +1,47 @@
+"""A new file for a result: never over one that exists, durable, gone again when it fails."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from qchain.errors import ImageError, Refused
+
+__all__ = ["new_file", "write_all"]
+
+
+@contextmanager
+def new_file(output: Path, mode: int = 0o600) -> Iterator[BinaryIO]:
+    """Open the new file `output` for writing, unbuffered; on leaving it is fsynced.
+
+    A name that exists may be an image, so it is never written over.
+
+    Raises: `Refused` when it exists; `ImageError` when it cannot be written.
+    """
+    try:
+        fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    except FileExistsError:
+        raise Refused(output, "exists already", "name another file, or remove it") from None
+    except (OSError, ValueError) as error:
+        why = (getattr(error, "strerror", None) or str(error)).lower()
+        raise ImageError(output, why, "name a file that can be written") from None
+    try:
+        with os.fdopen(fd, "wb", buffering=0) as stream:
+            yield stream
+            os.fsync(stream.fileno())
+    except OSError as error:
+        output.unlink(missing_ok=True)
+        raise ImageError(output, (error.strerror or str(error)).lower(), "make room") from None
+    except BaseException:
+        output.unlink(missing_ok=True)
+        raise
+
+
+def write_all(stream: BinaryIO, data: bytes) -> None:
+    """Write all of `data` to an unbuffered stream, which may take less at a time."""
+    done = 0
+    while done < len(data):
+        done += stream.write(data[done:])

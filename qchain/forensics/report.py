@@ -1,0 +1,177 @@
+"""Everything a report says of a chain, as plain values; `qchain.forensics.page` makes it HTML."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+import numpy as np
+import numpy.typing as npt
+
+from qchain.chain.chain import Chain
+from qchain.chain.counts import owned_by_region
+from qchain.chain.layer import Layer
+from qchain.chain.ownership import ownership
+from qchain.errors import ImageError
+from qchain.forensics.seal import make_seal
+from qchain.forensics.staleness import staleness
+from qchain.qcow2.bitmaps import Bitmap, read_bitmaps
+from qchain.qcow2.check import check_image
+from qchain.qcow2.snapshots import Snapshot, read_snapshots
+
+__all__ = ["REGIONS", "LayerReport", "Report", "collect", "date_text"]
+
+REGIONS = 120
+"""Parts of the disk in the map of ownership."""
+_FINDINGS = 200
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(slots=True)
+class LayerReport:
+    """One layer; sizes in bytes. `digest`: SHA-256 of its file, where it was wanted."""
+
+    name: str
+    path: str
+    format: str
+    virtual_size: int
+    file_size: int
+    disk_size: int
+    cluster_size: int | None
+    details: str
+    allocated: int
+    owned: int
+    shadowed: int
+    backing: str | None
+    changed: str
+    digest: str | None = None
+    snapshots: list[Snapshot] = field(default_factory=list)
+    bitmaps: list[Bitmap] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Report:
+    """A chain, active layer first. `shares`: shape (layers, REGIONS), bytes owned.
+
+    `digest`: SHA-256 of the guest-visible content (None: not wanted, or not readable).
+    """
+
+    image: str
+    virtual_size: int
+    layers: list[LayerReport]
+    shares: npt.NDArray[np.float64]
+    digest: str | None
+    warnings: list[str]
+    tool: str
+    command: list[str]
+    made: str
+
+
+def collect(
+    chain: Chain,
+    command: Sequence[str],
+    digests: bool = True,
+    progress: Progress | None = None,
+) -> Report:
+    """Read all that a report says.
+
+    Args:
+        command: the exact words of the command that asked for it.
+        digests: also digest every file and the point, which reads everything.
+
+    Raises: `ImageError` when the maps cannot be read; lesser problems are in the result.
+    """
+    warnings = staleness(chain.layers)
+    if chain.missing is not None:
+        warnings.append(f"the backing file {chain.missing} is missing and reads as zeroes")
+    layers = [
+        _layer(layer, own.allocated, own.owned, own.shadowed)
+        for layer, own in zip(chain.layers, ownership(chain.layers), strict=True)
+    ]
+    point = None
+    if digests:
+        try:
+            seal = make_seal(chain, progress)
+        except ImageError as error:
+            warnings.append(f"no digests: {error}")
+        else:
+            point = str(seal["point"]["sha256"])
+            for found, sealed in zip(layers, seal["layers"], strict=True):
+                found.digest = sealed["sha256"]
+    return Report(
+        image=os.path.abspath(chain.active.path),
+        virtual_size=chain.size,
+        layers=layers,
+        shares=owned_by_region(chain.layers, REGIONS),
+        digest=point,
+        warnings=warnings,
+        tool=f"qchain {version('qchain')}",
+        command=list(command),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+    )
+
+
+def _layer(layer: Layer, allocated: int, owned: int, shadowed: int) -> LayerReport:
+    header = layer.header
+    details = []
+    if header is not None:
+        details = [f"version {header.version}", f"{header.refcount_bits}-bit refcounts"]
+        details += [header.compression, *header.incompatible_names, *header.compatible_names]
+        details += header.autoclear_names
+        details += [f"encryption {header.encryption}"] if header.encryption else []
+    backing = layer.backing
+    found = LayerReport(
+        name=layer.path.name,
+        path=os.path.abspath(layer.path),
+        format=layer.format,
+        virtual_size=layer.size,
+        file_size=layer.file.size,
+        disk_size=layer.file.disk_size,
+        cluster_size=None if header is None else header.cluster_size,
+        details=", ".join(details),
+        allocated=allocated,
+        owned=owned,
+        shadowed=shadowed,
+        backing=None if backing is None else f"{backing.name} ({backing.format or 'no format'})",
+        changed=date_text(layer.file.mtime_ns / 1e9),
+    )
+    if header is not None:
+        _inspect(layer, found)
+    return found
+
+
+def _inspect(layer: Layer, found: LayerReport) -> None:
+    """Snapshots, bitmaps and problems of a qcow2 layer; what cannot be read is a problem."""
+    header = layer.header
+    assert header is not None
+    found.problems += header.problems
+    found.warnings += header.warnings
+    try:
+        found.snapshots = read_snapshots(layer.file, header)
+    except ImageError as error:
+        found.problems.append(error.why)
+    try:
+        found.bitmaps = read_bitmaps(layer.file, header)
+    except ImageError as error:
+        found.problems.append(error.why)
+    try:
+        check = check_image(layer.file, header)
+    except ImageError as error:
+        found.problems.append(f"cannot be checked: {error.why}")
+        return
+    if check.leaks:
+        found.warnings.append(f"{check.leaks} leaked clusters: they take space, nothing is wrong")
+
+
+def date_text(seconds: float) -> str:
+    """A time in seconds since 1970, for a person."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (OverflowError, ValueError, OSError):
+        return f"{seconds:.0f} s since 1970"

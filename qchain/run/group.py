@@ -1,0 +1,333 @@
+"""One group while it is merged: each step performed so that it may be repeated.
+
+Crash states: `qchain.plan.sequence` says what the guest reads after each step.
+A step that was done already, or in part, by a process that was killed is done again
+with the same outcome.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from qchain.chain.layer import Layer, Qcow2Layer, RawLayer
+from qchain.chain.names import resolve_name
+from qchain.errors import FailedMidway, QchainError
+from qchain.hostfile import HostFile
+from qchain.plan.commands import rebase_unsafe_argv
+from qchain.plan.steps import (
+    Command,
+    Compare,
+    Confirm,
+    Freeze,
+    HardLink,
+    MakeDirectory,
+    RemoveDirectory,
+    Rename,
+    Step,
+    SymbolicLink,
+    Sync,
+    TakeAttributes,
+    Unlink,
+)
+from qchain.plan.traffic import commit_granularity
+from qchain.qcow2.header import read_header
+from qchain.run.attributes import take_attributes
+from qchain.run.durable import fsync_directory, fsync_file
+from qchain.run.journal import GroupRecord
+from qchain.run.locking import ChainLocks
+from qchain.run.qemu_img import QemuImg
+from qchain.verify.compare import Comparison, compare
+from qchain.verify.frozen import freeze, frozen_view, open_rescued, rescue
+
+__all__ = ["GroupRun", "Observer"]
+
+
+class Observer(Protocol):
+    """Who wants to see how it goes on. All amounts in bytes."""
+
+    def step(self, label: str, total: int) -> None:
+        """A step of `total` expected bytes begins (0: it is short)."""
+
+    def advance(self, done: int, total: int) -> None:
+        """How far the present step is."""
+
+
+class GroupRun:
+    """One group while it is merged: its old view, and how to put it back."""
+
+    def __init__(
+        self,
+        record: GroupRecord,
+        layers: Sequence[Layer],
+        verify: str,
+        qemu: QemuImg,
+        observer: Observer,
+        locks: ChainLocks,
+    ) -> None:
+        """`layers`: the open files of `record.layers`, the kept image first; none where
+        only steps are left that change names."""
+        self.record, self.layers, self.verify = record, layers, verify
+        self.qemu, self.observer, self.locks = qemu, observer, locks
+        self.t = layers[record.target] if layers else None
+        self.t_path = record.layers[record.target].path
+        # The kept point as it reads before the merge, through files held open.
+        self.old: list[Layer] = list(layers)
+        self.below: list[Layer] = [] if record.below is None else list(layers[record.below :])
+        self.comparison: Comparison | None = None
+        self.opened: list[HostFile] = []
+        self.made: list[Path] = []
+        self.names = {known.path for known in record.layers}
+        self.pulling = False
+        self.switched = False
+
+    def perform(self, step: Step) -> None:
+        """Do one step. Raises `QchainError` or `OSError` when it fails."""
+        match step:
+            case Command():
+                self._command(step)
+            case Freeze(_, into):
+                self._freeze(into)
+            case Compare():
+                self._compare(step)
+            case Confirm(image, backing):
+                self._confirm(image, backing)
+                self.switched = self.switched or image == self.t_path
+            case MakeDirectory(path):
+                path.mkdir(mode=0o700, exist_ok=True)
+                self.made.append(path)
+            case RemoveDirectory(path):
+                with contextlib.suppress(FileNotFoundError):
+                    path.rmdir()
+            case HardLink(existing, link):
+                if not (link.exists() and link.samefile(existing)):
+                    os.link(existing, link, follow_symlinks=False)
+                self._note(link)
+            case SymbolicLink(target, link):
+                if not (link.is_symlink() and link.readlink() == target):
+                    link.symlink_to(target)
+                self._note(link)
+            case TakeAttributes(source, target):
+                if source.exists() and target.exists() and not source.samefile(target):
+                    take_attributes(source, target)
+            case Sync(path):
+                self._sync(path)
+            case Rename(old, new):
+                self._rename(old, new)
+            case Unlink(path):
+                self.switched = self.switched or path in self.names
+                path.unlink(missing_ok=True)
+
+    # --- the steps -----------------------------------------------------------------
+
+    def _note(self, path: Path) -> None:
+        """Work files of ours are removed when the group is put back."""
+        if path.parent in self.made:
+            self.made.append(path)
+
+    def _sync(self, path: Path) -> None:
+        if path.is_dir():
+            fsync_directory(path)
+        elif path.exists() or not self.switched:
+            # A repeated step may come after the file got its other name.
+            fsync_file(path)
+
+    def _rename(self, old: Path, new: Path) -> None:
+        if old.exists() or not self._is_target(new):
+            self.switched = True
+            with contextlib.ExitStack() as stack:
+                if self.layers:
+                    kept = self.layers[0].file
+                elif new.exists():
+                    kept = stack.enter_context(HostFile(new))
+                else:
+                    kept = stack.enter_context(HostFile(old))
+                self.locks.before_switch(kept)
+                old.rename(new)
+
+    def _command(self, step: Command) -> None:
+        self.observer.step(step.label, step.weight)
+        verb = step.argv[0]
+        self.switched = self.switched or self._repoints_above(step)
+        if verb == "create":
+            self.made.append(_created(step))
+        elif verb == "rebase" and "-u" not in step.argv:
+            self._before_pull()
+        between = self.layers[1 : self.record.target] if step.commits else ()
+        with self.locks.handed_over(step.writes, between):
+            self.qemu.run(
+                step.argv,
+                progress=lambda part: self.observer.advance(int(part * step.weight), step.weight),
+                cwd=step.cwd,
+            )
+
+    def _repoints_above(self, step: Command) -> bool:
+        """What backs on the kept image is led to the result: from here on only forward."""
+        return "-u" in step.argv and step.argv[0] == "rebase" and self.t_path not in step.writes
+
+    def _before_pull(self) -> None:
+        """A pull that was killed at its end left the alias in the header: restore it first.
+
+        qemu-img would take the alias for the new backing and pull nothing.
+        """
+        self.pulling = True
+        assert self.record.present is not None
+        with HostFile(self.t_path) as file:
+            name = read_header(file).backing_name
+        if name != self.record.present[0]:
+            self.restore_backing()
+
+    def _freeze(self, into: Path) -> None:
+        assert isinstance(self.t, Qcow2Layer)
+        rescued = into.with_name("rescued")
+        self.made += [into, rescued]
+        freeze(self.t, into)
+        if self.record.target > 0:
+            rescue(self.layers, self.record.target, commit_granularity(self.t), rescued)
+        self._look_back(into)
+
+    def _look_back(self, copy: Path) -> None:
+        """See the kept point through the frozen map of the target from now on."""
+        assert isinstance(self.t, Qcow2Layer)
+        frozen = frozen_view(self.t, copy)
+        self.opened.append(frozen.tables.file)
+        place = self.record.target
+        self.old = list(self.layers)
+        self.old[place] = frozen
+        kept_out = open_rescued(self.t, copy.with_name("rescued"))
+        if kept_out is not None:
+            self.opened.append(kept_out.file)
+            self.old.insert(place, kept_out)
+
+    def _compare(self, step: Compare) -> None:
+        self.observer.step("verify", step.weight)
+        file = HostFile(step.new)
+        self.opened.append(file)
+        assert self.t is not None
+        if file.id != self.t.file.id:
+            raise FailedMidway(step.new, "is not the file that was merged into")
+        new: Layer
+        if self.t.format == "raw":
+            new = RawLayer(step.new, file)
+        else:
+            header = read_header(file)
+            header.require_readable(step.new)
+            new = Qcow2Layer(step.new, file, header)
+        if new.size != self.old[0].size:
+            raise FailedMidway(
+                step.new, f"has {new.size} bytes after the merge, not {self.old[0].size}"
+            )
+        self.comparison = compare(
+            self.old,
+            [new, *self.below],
+            everything=self.verify == "full",
+            progress=self.observer.advance,
+        )
+        if not self.comparison.identical:
+            raise FailedMidway(
+                step.old,
+                f"the merged result differs at guest offset {self.comparison.first_difference} "
+                f"({self.comparison.different_bytes} bytes differ); nothing was deleted",
+            )
+
+    def _confirm(self, image: Path, backing: Path | None) -> None:
+        if not image.exists() and self.switched:
+            return  # repeated after the rename
+        with HostFile(image) as file:
+            name = read_header(file).backing_name
+        found = None if name is None else resolve_name(name, image)
+        same = (
+            found is None
+            if backing is None
+            else found is not None and found.exists() and found.samefile(backing)
+        )
+        if not same:
+            raise FailedMidway(
+                image, f"its header names {name!r} as backing file after 'rebase -u': wrong"
+            )
+
+    # --- going on and going back ----------------------------------------------------
+
+    def resume(self, step: int) -> None:
+        """Be as one who has done the steps before `step`."""
+        for index in range(step):
+            self.resume_at(index, done=True)
+
+    def resume_at(self, index: int, *, done: bool = False) -> None:
+        """Note what step `index` leaves behind; unless `done` it may not have been reached."""
+        step = self.record.steps[index]
+        switches = isinstance(step, Rename)
+        if isinstance(step, Unlink):
+            switches = step.path in self.names and (done or not os.path.lexists(step.path))
+        elif isinstance(step, Command):
+            switches = self._repoints_above(step)
+        elif isinstance(step, Rename) and not done:
+            # Whether it was reached shows in the names.
+            switches = not os.path.lexists(step.old)
+        self.switched = self.switched or switches
+        match step:
+            case MakeDirectory(path):
+                self.made.append(path)
+            case Freeze(_, into):
+                self.made += [into, into.with_name("rescued")]
+                if done and into.exists() and self.layers:
+                    self._look_back(into)
+            case HardLink(_, link) | SymbolicLink(_, link):
+                self._note(link)
+            case Command(argv) if argv[0] == "create":
+                self.made.append(_created(step))
+            case Command(argv) if argv[0] == "rebase" and "-u" not in argv:
+                self.pulling = True
+            case Confirm(image) if image == self.t_path and done:
+                self.switched = True
+            case _:
+                pass
+
+    def restore_backing(self) -> None:
+        """Let the target's header name its old backing file again; its content is the same."""
+        assert self.record.present is not None
+        name, fmt = self.record.present
+        argv = rebase_unsafe_argv(self.t_path, "qcow2", name, fmt)
+        with self.locks.handed_over((self.t_path,), ()):
+            self.qemu.run(argv)
+        fsync_file(self.t_path)
+        self._confirm(self.t_path, self.record.layers[self.record.target + 1].path)
+
+    def put_back(self) -> bool:
+        """Undo what was not switched, remove work files; whether that succeeded. Never raises."""
+        if self.switched:
+            return False
+        if self.pulling:
+            try:
+                self.restore_backing()
+            except (QchainError, OSError):
+                return False  # the aliases must stay: the header may still name them
+        for path in reversed(self.made):
+            with contextlib.suppress(OSError):
+                if path.is_dir() and not path.is_symlink():
+                    path.rmdir()
+                else:
+                    path.unlink(missing_ok=True)
+        return not any(os.path.lexists(path) for path in self.made)
+
+    def close(self) -> None:
+        """Close what was opened for this group alone."""
+        for file in self.opened:
+            file.close()
+
+    def _is_target(self, path: Path) -> bool:
+        try:
+            status = path.stat()
+        except OSError:
+            return False
+        known = self.record.layers[self.record.target]
+        return (status.st_dev, status.st_ino) == (known.device, known.inode)
+
+
+def _created(step: Command) -> Path:
+    """The image that a `create` makes: its last argument but the size, or the last."""
+    name = Path(step.argv[-2])
+    return name if step.cwd is None else step.cwd / name

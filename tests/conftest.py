@@ -1,0 +1,38 @@
+"""In continuous integration nothing is skipped: there a skip is a failure.
+
+`QCHAIN_NO_SKIP=1` (set by `.ci/run`) or `CI` in the environment turn this on. A test that skips
+because a program is missing proves nothing, and nobody reads the list of skipped tests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+
+import pytest
+
+STRICT = bool(os.environ.get("QCHAIN_NO_SKIP") or os.environ.get("CI"))
+
+
+def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
+    # An expected failure is reported as skipped too; it did run.
+    if not (STRICT and report.skipped) or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    report.outcome = "failed"
+    report.longrepr = f"{report.nodeid} would be skipped, and here nothing may be: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _fail_if_skipped(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """A whole module that skips itself (importorskip and the like)."""
+    report = yield
+    _fail_if_skipped(report)
+    return report

@@ -1,0 +1,234 @@
+"""`qchain plan` and `qchain merge`: what they print, ask, refuse and prove."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+from pathlib import Path
+
+import pytest
+from cli_runner import COMMAND, command, run
+from merging import Disk, build
+
+LAYERS = ["512k:A 512k:-", "64k:- 256k:B 704k:-", "[cluster=4k] 4k:C 1020k:-", "128k:D 896k:-"]
+CANDIDATE = {
+    *("strategy", "engine", "target", "feasible", "reason", "read_bytes", "write_bytes"),
+    *("extents", "target_growth_bytes", "peak_extra_bytes", "freed_bytes", "seconds"),
+}
+DROP = ("--drop", "l1.qcow2", "--drop", "l2.qcow2")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Disk:
+    return build(tmp_path / "d", LAYERS)
+
+
+def untouched(disk: Disk) -> None:
+    disk.expect({path.name: path.name for path in disk.paths})
+
+
+def test_plan_as_json(disk: Disk) -> None:
+    result = run("plan", "--json", *DROP, disk.active)
+    assert result.code == 0
+    plan = result.json
+    assert plan["active"] == [str(disk.active)] and plan["refusals"] == []
+    (group,) = plan["groups"]
+    assert group["kept"] == str(disk.active)
+    assert group["dropped"] == [str(disk.paths[2]), str(disk.paths[1])]
+    assert group["new_backing"] == str(disk.paths[0])
+    assert group["chosen"] in ("pull", "commit", "both") and group["engine"] == "qemu-img"
+    assert all(candidate.keys() >= CANDIDATE for candidate in group["candidates"])
+    assert {str(path) for path in disk.paths[1:]} >= {group["target"]}
+    kinds = {kind for step in plan["steps"] for kind in step}
+    assert {"argv", "rename", "unlink", "compare"} <= kinds
+    untouched(disk)
+
+
+def test_plan_for_a_person(disk: Disk) -> None:
+    result = run("plan", *DROP, disk.active)
+    assert max(map(len, result.out.splitlines())) <= 80
+    assert "l3.qcow2 -> l2.qcow2 -> l1.qcow2 -> base.qcow2" in result.out
+    assert "l3.qcow2 -> base.qcow2" in result.out
+    chosen = run("plan", "--json", *DROP, disk.active).json["groups"][0]
+    assert " ".join(chosen["why"].split()) in " ".join(result.out.split())
+    starred = [line.split() for line in result.out.splitlines() if line.startswith("*")]
+    assert [line[1:3] for line in starred] == [[chosen["chosen"], Path(chosen["target"]).name]]
+
+
+def test_saved_plan(disk: Disk, tmp_path: Path) -> None:
+    saved = tmp_path / "plan.json"
+    assert run("plan", "--json", "-o", saved, *DROP, disk.active).json == json.loads(
+        saved.read_text()
+    )
+    nowhere = tmp_path / "none" / "plan.json"
+    assert str(nowhere) in run("plan", "-o", nowhere, *DROP, disk.active).fails(2)
+
+
+def test_merge(disk: Disk) -> None:
+    result = command("merge", "--json", "--yes", *DROP, disk.active)
+    assert result.code == 0 and result.err == ""
+    found = result.json
+    assert found["verified"]["mode"] == "moved" and found["verified"]["identical"] is True
+    assert found["verified"]["compared_bytes"] > 0 and found["seconds"] > 0
+    assert found["groups"][0]["chosen"]
+    disk.expect({"base.qcow2": "base.qcow2", "l3.qcow2": "l3.qcow2"})
+
+
+def test_merge_for_a_person(disk: Disk) -> None:
+    result = command("merge", "--yes", "--flatten", "--verify", "full", disk.active)
+    assert result.code == 0 and result.err == ""
+    assert "verified (full)" in result.out
+    assert max(map(len, result.out.splitlines())) <= 80
+    disk.expect({"l3.qcow2": "l3.qcow2"})
+
+
+def test_nothing_to_do(tmp_path: Path) -> None:
+    disk = build(tmp_path / "d", LAYERS[:2])
+    result = command("merge", "--yes", "--collapse", disk.active)
+    assert result.code == 0 and "nothing to do" in result.out
+    untouched(disk)
+
+
+def test_a_dry_run_changes_nothing_and_runs_as_it_stands(disk: Disk) -> None:
+    """The printed commands, given to a shell, do the merge."""
+    script = command("merge", "--dry-run", *DROP, "--strategy", "commit", disk.active)
+    assert script.code == 0
+    untouched(disk)
+    subprocess.run(["sh", "-e"], input=script.out, text=True, check=True, capture_output=True)
+    disk.expect({"base.qcow2": "base.qcow2", "l3.qcow2": "l3.qcow2"})
+
+
+def test_commands_with_hostile_names(tmp_path: Path) -> None:
+    names = ["base.qcow2", "a'b \x1b[2J\n$(x).qcow2", "top\\.qcow2"]
+    disk = build(tmp_path / "d", LAYERS[:3], names)
+    result = command("plan", "--dry-run", "--flatten", disk.active)
+    assert result.code == 0
+    assert all(line.isprintable() for line in result.out.splitlines())
+    subprocess.run(["bash", "-n"], input=result.out, text=True, check=True)
+    removed = [line for line in result.out.splitlines() if line.startswith("rm -f") and "a" in line]
+    words = subprocess.run(
+        ["bash", "-c", "\n".join(f"printf '%s\\0' {line}" for line in removed)],
+        capture_output=True,
+        check=True,
+    ).stdout.split(b"\0")
+    assert os.fsencode(disk.paths[1]) in words
+
+
+def test_refusals(disk: Disk) -> None:
+    other = disk.directory / "clone.qcow2"
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-b", "l1.qcow2", "-F", "qcow2", other],
+        check=True,
+        cwd=disk.directory,
+    )
+    for name in ("plan", "merge"):
+        extra = ["--yes"] if name == "merge" else []
+        result = run(name, "--json", *extra, *DROP, disk.active)
+        assert str(other) in result.fails(3)
+        (refusal,) = result.json["refusals"]
+        assert str(other) in refusal and result.json["steps"] == []
+        assert "verified" not in result.json
+        assert run(name, "--dry-run", *DROP, disk.active).out == ""
+    other.unlink()
+    untouched(disk)
+
+
+def test_several_refusals_are_several_lines(tmp_path: Path) -> None:
+    disk = build(tmp_path / "d", LAYERS[:3])
+    for path in disk.paths[1:]:
+        subprocess.run(["qemu-img", "snapshot", "-c", "s", path], check=True)
+    result = run("merge", "--yes", "--flatten", disk.active)
+    assert result.code == 3
+    lines = result.err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("qchain: ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--flatten", "--strategy", "copy"),
+        ("--flatten", "--engine", "native"),
+        ("--flatten", "--verify", "manifest"),
+        ("--flatten", "--exact"),
+        ("--flatten", "second.qcow2"),
+    ],
+)
+def test_what_comes_later_is_refused_by_name(disk: Disk, arguments: tuple[str, ...]) -> None:
+    for name, extra in (("plan", ()), ("merge", ("--yes",))):
+        line = run(name, *extra, disk.active, *arguments).fails(3)
+        assert "version" in line and arguments[-1] in line
+    untouched(disk)
+
+
+def test_names_that_are_not_in_the_chain(disk: Disk) -> None:
+    assert "other.qcow2" in run("plan", "--drop", "other.qcow2", disk.active).fails(2)
+    assert "active" in run("plan", "--drop", "l3.qcow2", disk.active).fails(2)
+
+
+def test_an_image_in_use_is_refused_even_with_force_share(disk: Disk) -> None:
+    argv = ["qemu-io", "-f", "qcow2", str(disk.active)]
+    child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin is not None and child.stdout is not None
+    try:
+        child.stdin.write("length\n")
+        child.stdin.flush()
+        child.stdout.readline()
+        command("merge", "--json", "--yes", *DROP, disk.active).fails(3)
+        command("merge", "--json", "--yes", "-U", *DROP, disk.active).fails(3)
+    finally:
+        child.kill()
+        child.communicate()
+    untouched(disk)
+
+
+@pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("\n", 3), ("n\n", 3), ("\x04", 3)])
+def test_the_question(disk: Disk, answer: str, code: int) -> None:
+    """On a terminal the plan is shown, and only a yes merges."""
+    ours, theirs = pty.openpty()
+    os.write(ours, answer.encode())
+    done = subprocess.run(
+        [COMMAND, "merge", *DROP, disk.active],
+        stdin=theirs,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(ours)
+    os.close(theirs)
+    assert done.returncode == code, done.stderr
+    assert "[y/N]" in done.stderr and "after" in done.stdout
+    if code:
+        assert "nothing was changed" in done.stderr
+        untouched(disk)
+    else:
+        disk.expect({"base.qcow2": "base.qcow2", "l3.qcow2": "l3.qcow2"})
+
+
+def test_progress_as_events(disk: Disk) -> None:
+    result = command("merge", "--yes", "--json", "--progress", "json", *DROP, disk.active)
+    assert result.code == 0 and result.json["verified"]["identical"]
+    events = [json.loads(line) for line in result.err.splitlines()]
+    assert len(events) > 3
+    for event in events:
+        assert event.keys() == {"event", "step", "done", "total"}
+        assert event["event"] == "progress"
+
+
+def test_a_verification_that_was_not_wanted(disk: Disk) -> None:
+    found = run("merge", "--yes", "--json", "--verify", "none", *DROP, disk.active).json
+    assert found["verified"] == {"mode": "none", "compared_bytes": 0, "identical": False}
+
+
+def test_a_qemu_img_that_fails(disk: Disk, tmp_path: Path) -> None:
+    broken = tmp_path / "qemu-img"
+    broken.write_text("#!/bin/sh\necho 'qemu-img: no, thanks' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    result = command("merge", "--yes", "--json", *DROP, disk.active, QCHAIN_QEMU_IMG=str(broken))
+    assert "no, thanks" in result.fails(5)
+    untouched(disk)
+    missing = command("merge", "--yes", *DROP, disk.active, QCHAIN_QEMU_IMG="/none/qemu-img")
+    assert "/none/qemu-img" in missing.fails(4)
+    untouched(disk)
