@@ -19,7 +19,7 @@ import typer.main
 
 from qchain.errors import ExitCode, QchainError, Refused
 
-from . import chain, compare, hash, info, map, merge, plan
+from . import chain, compare, hash, info, map, merge, plan, recover
 from .options import LATER, Interrupted
 from .output import OutputClosed, note, write, write_error
 
@@ -33,7 +33,7 @@ _CLOSED = 141
 
 _LATER = (
     *("tree", "check", "diff", "extract", "report", "seal", "verify", "apply", "commit", "pull"),
-    *("copy", "recover", "rebase", "snapshot", "domain", "fleet", "lab"),
+    *("copy", "rebase", "snapshot", "domain", "fleet", "lab"),
 )
 
 app = typer.Typer(
@@ -72,6 +72,7 @@ app.command("compare")(compare.compare)
 app.command("hash")(hash.hash_)
 app.command("plan")(plan.plan)
 app.command("merge")(merge.merge)
+app.command("recover")(recover.recover)
 
 
 def _refusal(name: str) -> None:

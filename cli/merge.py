@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qchain.plan.plan import Plan
     from qchain.run.execute import MergeResult
 
-__all__ = ["merge"]
+__all__ = ["ending_in_order", "merge"]
 
 
 @command
@@ -54,7 +54,7 @@ def merge(
             return
         if not yes and plan.steps:
             _ask(plan, common.json)
-        with _ending_in_order(), common.reporter() as reporter:
+        with ending_in_order(), common.reporter() as reporter:
             result = execute(plan, chain, None, reporter)
     # It is done: that nobody reads of it any more does not change that.
     with contextlib.suppress(OutputClosed):
@@ -78,7 +78,7 @@ def _ask(plan: Plan, shown: bool) -> None:
 
 
 @contextmanager
-def _ending_in_order() -> Iterator[None]:
+def ending_in_order() -> Iterator[None]:
     """A request to end is as ^C: what has begun is put back, then the process ends."""
 
     def interrupt(_number: int, _frame: object) -> None:

@@ -51,8 +51,10 @@ def chain_picture(layers: Sequence[LayerReport]) -> str:
     most = max((layer.allocated for layer in layers), default=0) or 1
     height = len(shown) * _STEP
     out = [
-        f'<svg class="picture" viewBox="0 0 {_WIDTH} {height}" role="img" '
-        f'aria-label="The chain, active image first">'
+        (
+            f'<svg class="picture" viewBox="0 0 {_WIDTH} {height}" role="img" '
+            f'aria-label="The chain, active image first">'
+        )
     ]
     for row, index in enumerate(shown):
         top = row * _STEP + 4
@@ -97,10 +99,12 @@ def ownership_map(report: Report) -> str:
     height = 24 + 22 * len(rows) + 8
     per_region = max(report.virtual_size / regions, 1.0)
     out = [
-        f'<svg class="picture" viewBox="0 0 {_WIDTH} {height}" role="img" '
-        f'aria-label="Which layer owns which part of the disk">'
-        f'<text class="small" x="{left:.0f}" y="14">0</text>'
-        f'<text class="small end" x="{_WIDTH - 8}" y="14">{human(report.virtual_size)}</text>'
+        (
+            f'<svg class="picture" viewBox="0 0 {_WIDTH} {height}" role="img" '
+            f'aria-label="Which layer owns which part of the disk">'
+            f'<text class="small" x="{left:.0f}" y="14">0</text>'
+            f'<text class="small end" x="{_WIDTH - 8}" y="14">{human(report.virtual_size)}</text>'
+        )
     ]
     for row, index in enumerate(rows):
         top = 24 + 22 * row

@@ -60,17 +60,23 @@ def page(report: Report) -> str:
     name = report.layers[0].name
     body = [
         f"<h1>{escape(name)}</h1>",
-        f'<p class="lead">A chain of {len(report.layers)} '
-        f"{'image' if len(report.layers) == 1 else 'images'}, a disk of "
-        f"{human(report.virtual_size)} ({report.virtual_size} bytes)</p>",
+        (
+            f'<p class="lead">A chain of {len(report.layers)} '
+            f"{'image' if len(report.layers) == 1 else 'images'}, a disk of "
+            f"{human(report.virtual_size)} ({report.virtual_size} bytes)</p>"
+        ),
         _summary(report),
         "<h2>The chain</h2>",
-        '<p class="key">Each image backs on the one below. Bars: bytes that the guest sees from '
-        "this image, then bytes that an image above hides.</p>",
+        (
+            '<p class="key">Each image backs on the one below. Bars: bytes that the guest sees from '
+            "this image, then bytes that an image above hides.</p>"
+        ),
         chain_picture(report.layers),
         "<h2>Who owns which part of the disk</h2>",
-        f'<p class="key">Each column is {human(report.virtual_size / report.shares.shape[1])}; '
-        "the stronger the colour, the more of it comes from this layer.</p>",
+        (
+            f'<p class="key">Each column is {human(report.virtual_size / report.shares.shape[1])}; '
+            "the stronger the colour, the more of it comes from this layer.</p>"
+        ),
         ownership_map(report),
         "<h2>Problems</h2>",
         _problems(report),
@@ -88,7 +94,6 @@ def page(report: Report) -> str:
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<link rel="icon" href="data:,">\n'
         f"<title>{escape(name)} - qchain report</title>\n<style>{_STYLE}</style></head>\n<body>\n"
         + "\n".join(body)
         + "\n</body></html>\n"
@@ -139,8 +144,10 @@ def _problems(report: Report) -> str:
 
 
 def _layers(layers: Sequence[LayerReport]) -> str:
-    heads = ("#>", "image", "format", "virtual>", "file>", "on disk>", "cluster>", "allocated>")
-    heads += ("owned>", "shadowed>", "last change", "backing file")
+    heads = "#>|image|format|virtual>|file>|on disk>|cluster>|allocated>|owned>|shadowed>".split(
+        "|"
+    )
+    heads += ["last change", "backing file"]
     rows = (
         (
             index,

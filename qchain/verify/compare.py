@@ -135,7 +135,8 @@ def compare(
     """Compare the guest-visible content of two points (layers, active first).
 
     The shorter one reads as zeroes beyond its end. `everything` also reads what both
-    resolve to the same place. `stop_early` ends at the first difference. `progress`
+    resolve to the same place. `stop_early` ends soon after the first difference, which
+    alone is then exact. `progress`
     is called with (guest bytes done, guest bytes in all).
 
     Raises: `ImageError` when an image cannot be read.
@@ -157,13 +158,14 @@ def compare(
 
         for pairs in pair_up(a, b):
             skip = pairs.zero if everything else pairs.zero | pairs.same
-            skipped = int(pairs.a.length[skip].sum())
-            out.skipped_bytes += skipped
-            out.compared_bytes += int(pairs.a.length.sum()) - skipped
+            out.skipped_bytes += int(pairs.a.length[skip].sum())
             for left, right in _batches(pairs, ~skip):
+                out.compared_bytes += int(left.length.sum())
                 end = int(left.start[-1] + left.length[-1])
                 waiting.append((end, pool.submit(_compare_batch, a, b, left, right)))
                 settle(2 * workers() + 2)
+                if stop_early and not out.identical:
+                    break
             if stop_early and not out.identical:
                 break
         settle(0)

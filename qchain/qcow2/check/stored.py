@@ -63,8 +63,7 @@ class StoredRefcounts:
                 unknown.append((begin - low, end - low))
                 continue
             raw = self.file.pread(offset, self.cluster_size)
-            raw = raw[: len(raw) >> 3 << 3] + raw[len(raw) >> 3 << 3 :].ljust(8, b"\0")
-            decoded = decode_refcounts(raw, self.order)
+            decoded = decode_refcounts(raw.ljust(-(-len(raw) // 8) * 8, b"\0"), self.order)
             if self.order == 6:
                 decoded = np.minimum(decoded, np.uint64(_HIGHEST))
             part = decoded[begin - start : end - start]

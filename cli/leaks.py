@@ -1,0 +1,128 @@
+"""`qchain leaks`: what lies in the clusters of an image that nothing refers to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qchain.errors import ImageError, UsageError, printable
+
+from .options import Common, command
+from .output import absolute, console, write, write_json
+
+if TYPE_CHECKING:
+    from qchain.forensics.look import Look
+    from qchain.forensics.unused import UnusedRange
+    from qchain.hostfile import HostFile
+
+__all__ = ["leaks"]
+
+
+@command
+def leaks(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The image, qcow2.")],
+    common: Common,
+    extract: Annotated[
+        Path | None,
+        typer.Option("--extract", metavar="DIR", help="Copy all that is not zero into DIR."),
+    ] = None,
+) -> None:
+    """List leaked and free clusters and the slack at the end, and look at what is in them."""
+    from qchain.chain.chain import named_format
+    from qchain.forensics.look import look_at
+    from qchain.forensics.unused import unused_ranges
+    from qchain.qcow2.check import check_image
+    from qchain.qcow2.header import read_header
+
+    from .opening import refuse_writer
+
+    with common.gate().open_named(image) as file, common.reporter() as reporter:
+        if not common.force_share:
+            refuse_writer(image, file)
+        if named_format(file, common.format) != "qcow2":
+            raise ImageError(image, "a raw image has no clusters", "name a qcow2 image")
+        header = read_header(file)
+        header.require_readable(image)
+        reporter.step("checking", 0)
+        report = check_image(file, header)
+        ranges = unused_ranges(file, header, report.leaked)
+        reporter.step("looking", sum(each.length for each in ranges))
+        found = []
+        for each in ranges:
+            found.append((each, look_at(file, each.start, each.length, header.cluster_size)))
+            reporter.advance(each.start, file.size)
+        saved = {} if extract is None else _save(file, found, extract)
+    sums = {
+        f"{kind}_bytes": sum(each.length for each in ranges if each.kind == kind)
+        for kind in ("leaked", "free", "slack")
+    }
+    if common.json:
+        write_json(sums | {"ranges": [_as_json(*pair, saved) for pair in found]})
+    else:
+        _show(sums, found, saved)
+
+
+def _save(
+    file: HostFile, found: list[tuple[UnusedRange, Look]], directory: Path
+) -> dict[int, Path]:
+    """Start of each range to the file that it was copied into."""
+    from qchain.forensics.look import save_range
+
+    try:
+        directory.mkdir(exist_ok=True)
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise UsageError(directory, why, "name a directory") from None
+    saved = {}
+    for each, look in found:
+        if not look.zero:
+            path = directory / f"{each.kind}-{each.start:#x}.bin"
+            save_range(file, each.start, each.length, path)
+            saved[each.start] = path
+    return saved
+
+
+def _as_json(each: UnusedRange, look: Look, saved: dict[int, Path]) -> dict[str, Any]:
+    return {
+        "kind": each.kind,
+        "start": each.start,
+        "length": each.length,
+        "content": look.summary,
+        "nonzero_bytes": look.nonzero,
+        "entropy": round(look.entropy, 3),
+        "text": round(look.text, 3),
+        "magic": [{"offset": offset, "name": name} for offset, name in look.magic],
+        "sample": look.sample,
+        "file": absolute(saved[each.start]) if each.start in saved else None,
+    }
+
+
+def _show(
+    sums: dict[str, int], found: list[tuple[UnusedRange, Look]], saved: dict[int, Path]
+) -> None:
+    from .tables import size_text, table
+
+    words = ", ".join(
+        f"{size_text(size)} {name.removesuffix('_bytes')}" for name, size in sums.items()
+    )
+    write(f"{words}\n")
+    if not found:
+        return
+    rows = [
+        (
+            each.kind,
+            each.start,
+            size_text(each.length),
+            look.summary,
+            f"{look.entropy:.2f}",
+            "; ".join(dict.fromkeys(name for _, name in look.magic)) or look.sample[:40],
+        )
+        for each, look in found
+    ]
+    heads = ("kind", "at>", "length>", "content", "entropy>", "begins, or first words")
+    write("\n")
+    console().print(table(heads, rows))
+    for path in saved.values():
+        write(f"saved {printable(path)}\n")

@@ -1,0 +1,55 @@
+"""`qchain report`: a chain as one HTML page."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qchain.errors import printable
+
+from .options import Common, command
+from .output import absolute, write, write_json
+
+__all__ = ["report"]
+
+
+@command
+def report(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The active image.")],
+    common: Common,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The new HTML file.")
+    ],
+    no_digests: Annotated[
+        bool, typer.Option("--no-digests", help="Leave the digests out: they read everything.")
+    ] = False,
+) -> None:
+    """Write a report: pictures of the chain, tables, problems, digests, in one HTML file."""
+    from qchain.forensics.newfile import new_file, write_all
+    from qchain.forensics.page import page
+    from qchain.forensics.report import collect
+
+    from .opening import open_for
+
+    with open_for(image, common) as opened, common.reporter() as reporter:
+        reporter.step("reading", opened.size)
+        words = ["qchain", *sys.argv[1:]]
+        found = collect(opened, words, not no_digests, reporter.advance)
+    with new_file(output, 0o644) as stream:
+        write_all(stream, page(found).encode("ascii"))
+    problems = sum(len(layer.problems) for layer in found.layers)
+    if common.json:
+        write_json(
+            {
+                "output": absolute(output),
+                "layers": len(found.layers),
+                "problems": problems,
+                "warnings": found.warnings,
+                "digest": found.digest,
+            }
+        )
+    else:
+        write(f"report on {len(found.layers)} images in {printable(output)}\n")

@@ -1,0 +1,100 @@
+"""`qchain tree`: every image below some directories, and who backs on whom."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qchain.errors import printable
+
+from .options import Common, command
+from .output import absolute, write, write_json
+
+if TYPE_CHECKING:
+    from qchain.chain.tree import TreeImage
+
+__all__ = ["tree"]
+
+
+@command
+def tree(
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Looked through, with all below.")
+    ],
+    common: Common,
+) -> None:
+    """Show all images of some directories as a tree: overlays below what they back on."""
+    from qchain.chain.tree import read_tree
+    from qchain.forensics.staleness import tree_staleness
+
+    images = read_tree(directories)
+    warnings = {
+        image.path: found
+        for image in images
+        if image.backing is not None
+        and (found := tree_staleness(image.path, image.backing)) is not None
+    }
+    if common.json:
+        write_json({"images": [_as_json(image, warnings) for image in images]})
+    else:
+        write(_picture(images, warnings))
+
+
+def _as_json(image: TreeImage, warnings: dict[Path, str]) -> dict[str, Any]:
+    return {
+        "path": absolute(image.path),
+        "format": image.format,
+        "virtual_size": image.virtual_size,
+        "disk_size": image.disk_size,
+        "backing": None if image.backing is None else absolute(image.backing),
+        "backing_format": image.backing_format,
+        "overlays": [absolute(path) for path in image.overlays],
+        "problems": image.problems,
+        "warnings": [warnings[image.path]] if image.path in warnings else [],
+    }
+
+
+def _picture(images: list[TreeImage], warnings: dict[Path, str]) -> str:
+    """Bases at the left, each overlay indented below what it backs on."""
+    if not images:
+        return "no images\n"
+    by_path = {image.path: image for image in images}
+    lines: list[str] = []
+    drawn: set[Path] = set()
+
+    def draw(root: TreeImage) -> None:
+        # A stack, not recursion: chains of thousands of images are real.
+        stack: list[tuple[TreeImage, str, str]] = [(root, "", "")]
+        while stack:
+            image, lead, below = stack.pop()
+            if image.path in drawn:
+                continue
+            drawn.add(image.path)
+            lines.append(lead + _line(image))
+            notes = [f"! {text}" for text in image.problems]
+            notes += [f"? {warnings[image.path]}"] if image.path in warnings else []
+            overlays = [by_path[path] for path in image.overlays if path in by_path]
+            bar = "|   " if overlays else "    "
+            lines.extend(f"{below}{bar}{printable(text)}" for text in notes)
+            for position, overlay in enumerate(reversed(overlays)):
+                last = position == 0
+                more = below + ("    " if last else "|   ")
+                stack.append((overlay, f"{below}{'`-- ' if last else '|-- '}", more))
+
+    # What is in a loop, or on top of something missing, has no base that could lead to it.
+    for image in images:
+        if image.backing is None or image.backing not in by_path:
+            draw(image)
+    for image in images:
+        if image.path not in drawn:
+            draw(image)
+    return "\n".join(lines) + "\n"
+
+
+def _line(image: TreeImage) -> str:
+    from .tables import size_text
+
+    size = f"{size_text(image.virtual_size)}, {size_text(image.disk_size)} on disk"
+    return f"{printable(image.path)}  ({image.format}, {size})"
