@@ -19,7 +19,22 @@ import typer.main
 
 from qchain.errors import ExitCode, QchainError, Refused
 
-from . import chain, compare, hash, info, map, merge, plan, recover
+from . import (
+    chain,
+    compare,
+    diff,
+    extract,
+    hash,
+    info,
+    leaks,
+    map,
+    merge,
+    plan,
+    recover,
+    report,
+    seal,
+    tree,
+)
 from .options import LATER, Interrupted
 from .output import OutputClosed, note, write, write_error
 
@@ -32,8 +47,7 @@ _CLOSED = 141
 """As a shell reports a process that SIGPIPE ended."""
 
 _LATER = (
-    *("tree", "check", "diff", "extract", "report", "seal", "verify", "apply", "commit", "pull"),
-    *("copy", "rebase", "snapshot", "domain", "fleet", "lab"),
+    *("check", "apply", "commit", "pull", "copy", "rebase", "snapshot", "domain", "fleet", "lab"),
 )
 
 app = typer.Typer(
@@ -70,6 +84,13 @@ app.command("chain")(chain.chain)
 app.command("map")(map.map_)
 app.command("compare")(compare.compare)
 app.command("hash")(hash.hash_)
+app.command("tree")(tree.tree)
+app.command("diff")(diff.diff)
+app.command("extract")(extract.extract)
+app.command("seal")(seal.seal)
+app.command("verify")(seal.verify)
+app.command("leaks")(leaks.leaks)
+app.command("report")(report.report)
 app.command("plan")(plan.plan)
 app.command("merge")(merge.merge)
 app.command("recover")(recover.recover)

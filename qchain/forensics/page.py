@@ -68,8 +68,8 @@ def page(report: Report) -> str:
         _summary(report),
         "<h2>The chain</h2>",
         (
-            '<p class="key">Each image backs on the one below. Bars: bytes that the guest sees from '
-            "this image, then bytes that an image above hides.</p>"
+            '<p class="key">Each image backs on the one below. Bars: bytes that the guest sees '
+            "from this image, then bytes that an image above hides.</p>"
         ),
         chain_picture(report.layers),
         "<h2>Who owns which part of the disk</h2>",
@@ -144,10 +144,8 @@ def _problems(report: Report) -> str:
 
 
 def _layers(layers: Sequence[LayerReport]) -> str:
-    heads = "#>|image|format|virtual>|file>|on disk>|cluster>|allocated>|owned>|shadowed>".split(
-        "|"
-    )
-    heads += ["last change", "backing file"]
+    heads = ["#>", "image", "format", "virtual>", "file>", "on disk>", "cluster>"]
+    heads += ["allocated>", "owned>", "shadowed>", "last change", "backing file"]
     rows = (
         (
             index,

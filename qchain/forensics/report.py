@@ -19,7 +19,7 @@ from qchain.errors import ImageError
 from qchain.forensics.seal import make_seal
 from qchain.forensics.staleness import staleness
 from qchain.qcow2.bitmaps import Bitmap, read_bitmaps
-from qchain.qcow2.check import check_image
+from qchain.qcow2.check import Severity, check_image
 from qchain.qcow2.snapshots import Snapshot, read_snapshots
 
 __all__ = ["REGIONS", "LayerReport", "Report", "collect", "date_text"]
@@ -165,8 +165,14 @@ def _inspect(layer: Layer, found: LayerReport) -> None:
     except ImageError as error:
         found.problems.append(f"cannot be checked: {error.why}")
         return
-    if check.leaks:
-        found.warnings.append(f"{check.leaks} leaked clusters: they take space, nothing is wrong")
+    shown = check.problems[:_FINDINGS]
+    for each in shown:
+        text = f"at {each.offset}: {each.meaning}"
+        bad = each.severity is Severity.CORRUPTION
+        (found.problems if bad else found.warnings).append(text)
+    more = sum(check.counts.values()) - len(shown)
+    if more > 0:
+        found.warnings.append(f"{more} more findings: see 'qchain check'")
 
 
 def date_text(seconds: float) -> str:
