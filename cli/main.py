@@ -19,26 +19,10 @@ import typer.main
 
 from qchain.errors import ExitCode, QchainError, Refused
 
-from . import (
-    chain,
-    compare,
-    diff,
-    extract,
-    hash,
-    info,
-    leaks,
-    map,
-    merge,
-    plan,
-    recover,
-    report,
-    seal,
-    tree,
-)
 from .options import LATER, Interrupted
 from .output import OutputClosed, note, write, write_error
 
-__all__ = ["app", "main"]
+__all__ = ["main"]
 
 # click's exceptions, or those of the copy of click that newer typers bring along.
 _parsing = importlib.import_module(typer.BadParameter.__module__)
@@ -50,15 +34,25 @@ _LATER = (
     *("check", "apply", "commit", "pull", "copy", "rebase", "snapshot", "domain", "fleet", "lab"),
 )
 
-app = typer.Typer(
-    name="qchain",
-    help="Offline toolkit for qcow2 backing chains: read, plan, merge, verify.",
-    add_completion=False,
-    no_args_is_help=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+_COMMANDS = {
+    "info": "info",
+    "chain": "chain",
+    "map": "map.map_",
+    "compare": "compare",
+    "hash": "hash.hash_",
+    "tree": "tree",
+    "diff": "diff",
+    "extract": "extract",
+    "seal": "seal",
+    "verify": "seal.verify",
+    "leaks": "leaks",
+    "report": "report",
+    "plan": "plan",
+    "merge": "merge",
+    "recover": "recover",
+}
+"""The commands, in the order of the help, and the function that each is: the module, and its
+name in there where that is another one."""
 
 
 def _version(wanted: bool) -> None:
@@ -69,7 +63,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     version: Annotated[
         bool,
@@ -79,24 +72,32 @@ def _root(
     pass
 
 
-app.command("info")(info.info)
-app.command("chain")(chain.chain)
-app.command("map")(map.map_)
-app.command("compare")(compare.compare)
-app.command("hash")(hash.hash_)
-app.command("tree")(tree.tree)
-app.command("diff")(diff.diff)
-app.command("extract")(extract.extract)
-app.command("seal")(seal.seal)
-app.command("verify")(seal.verify)
-app.command("leaks")(leaks.leaks)
-app.command("report")(report.report)
-app.command("plan")(plan.plan)
-app.command("merge")(merge.merge)
-app.command("recover")(recover.recover)
+def _app(wanted: str | None) -> typer.Typer:
+    """The command line with the one command that is `wanted`, or with all of them.
+
+    One is quicker: each has dozens of options, which take longer to declare than to use.
+    """
+    app = typer.Typer(
+        name="qchain",
+        help="Offline toolkit for qcow2 backing chains: read, plan, merge, verify.",
+        add_completion=False,
+        no_args_is_help=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for name in [wanted] if wanted in _COMMANDS else _COMMANDS:
+        module, _, function = _COMMANDS[name].partition(".")
+        found = importlib.import_module(f".{module}", __package__)
+        app.command(name)(getattr(found, function or module))
+    if wanted not in _COMMANDS:
+        for name in _LATER:
+            _add_refusal(app, name)
+    return app
 
 
-def _refusal(name: str) -> None:
+def _add_refusal(app: typer.Typer, name: str) -> None:
     @app.command(
         name,
         hidden=True,
@@ -105,10 +106,6 @@ def _refusal(name: str) -> None:
     )
     def refuse() -> None:
         raise Refused(name, LATER, "see 'qchain --help' for what there is")
-
-
-for _name in _LATER:
-    _refusal(_name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -148,6 +145,9 @@ def _debugging() -> bool:
 
 
 def _run(arguments: list[str] | None) -> int:
+    if arguments is None:
+        arguments = sys.argv[1:]
+    app = _app(arguments[0] if arguments else None)
     result = typer.main.get_command(app).main(arguments, prog_name="qchain", standalone_mode=False)
     return result if isinstance(result, int) else ExitCode.DONE
 

@@ -23,7 +23,7 @@ from qchain.chain.extents import extents
 from qchain.chain.layer import Layer
 from qchain.chain.resolve import runs
 
-SLOW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+SLOW = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 
 EXAMPLES = {
     "plain": ["64k:A 64k:B 64k:-", "32k:- 64k:C"],
@@ -36,7 +36,7 @@ EXAMPLES = {
     "raw base, longer above": ["[raw] 64k:A 9k:-", "[size=300k] 200k:- 512:B"],
     "short between": ["256k:A", "[size=64k] 16k:B", "[size=256k] 32k:- 1k:C"],
     "short and empty between": ["256k:A", "[size=64k]", "[size=256k]"],
-    "two short between": ["1M:A", "[size=512k]", "[size=99k] 1k:B", "[size=700k] 9k:-", "[size=2M]"],
+    "two short between": ["1M:A", "[size=512k]", "[size=99k] 1k:B", "[size=700k]", "[size=2M]"],
     "short base": ["[cluster=4k] 9k:A", "[size=1M] 512k:- 64k:B"],
     "long below": ["1M:A", "[size=70k] 1k:- 1k:B"],
     "unaligned sizes": ["[cluster=4k] 5k:A", "[cluster=512] 4k:- 1k:B", "[cluster=64k size=9k]"],
@@ -134,9 +134,11 @@ def test_part_of_a_map(tmp_path: Path) -> None:
     )
     whole = qemus_map(built.active, "qcow2")
     size = built.sizes[-1]
+    middle = 2 << 20
+    spans = [(0, size), (512, 513), (middle, 3 << 20), (1000, size), (size, size), (4096, 4096)]
+    spans += [(middle - 1, middle + 1), (1 << 20, 9 << 20)]
     with open_chain(built.active) as chain:
-        for start, end in [(0, size), (512, 513), (2 << 20, 3 << 20), (1000, size), (size, size),
-                           ((2 << 20) - 1, (2 << 20) + 1), (1 << 20, 9 << 20), (4096, 4096)]:  # fmt: skip
+        for start, end in spans:
             expected = []
             for extent in whole:
                 low = max(start, extent["start"])

@@ -68,7 +68,7 @@ def test_options_of_later_versions(tmp_path: Path, reader: str, option: str) -> 
     assert result.out == ""
 
 
-@pytest.mark.parametrize("name", ["tree", "check", "diff", "extract", "recover", "domain"])
+@pytest.mark.parametrize("name", ["apply", "commit", "pull", "copy", "domain", "fleet", "lab"])
 def test_commands_of_later_versions(name: str) -> None:
     line = run(name, "--anything", "x").fails(3)
     assert name in line and "later version" in line

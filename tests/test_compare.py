@@ -23,7 +23,7 @@ from qchain.errors import DataError, Unsupported
 from qchain.hostfile import HostFile
 from qchain.verify.compare import Comparison, compare
 
-SLOW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+SLOW = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def unequal(a: bytes, b: bytes) -> npt.NDArray[np.bool_]:
@@ -194,12 +194,12 @@ def test_large_data_in_many_batches(tmp_path: Path) -> None:
 def test_stopping_early_stops_reading(tmp_path: Path) -> None:
     """Within one window too: of 64K clusters it is 8 GiB long."""
     flat = tmp_path / "flat.raw"
-    flat.write_bytes(b"y" + b"x" * ((400 << 20) - 1))
-    built = build_chain(tmp_path, ["[size=400M]"])
+    flat.write_bytes(b"y" + b"x" * ((128 << 20) - 1))
+    built = build_chain(tmp_path, ["[size=128M]"])
     with open_chain(built.active) as left, open_chain(flat, fmt="raw") as right:
         found = compare(left.layers, right.layers, stop_early=True)
     assert found.first_difference == 0
-    assert found.compared_bytes <= 200 << 20
+    assert found.compared_bytes <= 100 << 20
 
 
 @pytest.mark.parametrize("tail", ["hole", "zeroes", "data"])

@@ -40,7 +40,7 @@ def image(
 
 
 def rename_backing(path: Path, backing: str, fmt: str | None) -> None:
-    """Record a backing name by hand: qemu-img would follow some of them. Version 3, 64K clusters."""
+    """Record a backing name by hand: qemu-img would follow some. Version 3, 64K clusters."""
     extension = b""
     if fmt is not None:
         word = fmt.encode()

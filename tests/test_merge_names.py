@@ -6,6 +6,7 @@ every point is read by qemu-img under the name that the user uses.
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from collections.abc import Sequence
@@ -79,7 +80,7 @@ def test_every_layer_in_a_directory_of_its_own(
     """a and b go into top, or top and b into a, or both into b; base stays below."""
     paths = [tmp_path / d / f"{d}.qcow2" for d in ("base", "a", "b", "top")]
     backing: list[str | None] = [None]
-    for below, path in zip(paths, paths[1:], strict=False):
+    for below, path in itertools.pairwise(paths):
         backing.append(str(below) if absolute else os.path.relpath(below, path.parent))
     lay(paths, backing)
     points = points_of(4)
@@ -188,7 +189,7 @@ def test_a_way_up_from_within_a_link(tmp_path: Path, strategy: str, names: str) 
 @pytest.mark.parametrize("names", ["lowest", "target"])
 def test_over_two_filesystems_without_a_rename(tmp_path: Path, names: str) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
-        assert os.stat(other).st_dev != tmp_path.stat().st_dev
+        assert Path(other).stat().st_dev != tmp_path.stat().st_dev
         paths = [Path(other) / "base.qcow2", Path(other) / "a.qcow2", tmp_path / "b.qcow2"]
         lay(paths, [None, "base.qcow2", str(paths[1])])
         gate = Gate(allow=(Path(other),))
@@ -208,7 +209,8 @@ def test_over_two_filesystems_the_kept_name_allows_only_a_pull(tmp_path: Path) -
         merge(paths[2], [paths[1]], MergeOptions(), gate)
         reads(paths[2], points_of(3)[2])
         assert everything(tmp_path) == {paths[2]} and everything(Path(other)) == {paths[0]}
-        assert recorded(paths[2]) == (str(paths[0]), "qcow2")
+        name, _ = recorded(paths[2])
+        assert name == os.path.relpath(paths[0], tmp_path)  # relative, as a's was
 
 
 @pytest.mark.parametrize("names", ["lowest", "target"])
@@ -282,7 +284,7 @@ def test_a_colon_in_the_backing_name(tmp_path: Path, strategy: str) -> None:
 
 def test_a_backing_name_that_fills_the_header(tmp_path: Path) -> None:
     """512-byte clusters leave about 300 bytes for the name: a failure changes nothing."""
-    deep = tmp_path / "d" * 100 / "e" * 100 if False else tmp_path / ("d" * 120) / ("e" * 120)
+    deep = tmp_path / ("d" * 120) / ("e" * 120)
     deep.mkdir(parents=True)
     base, mid, top = deep / "base.qcow2", deep / "mid.qcow2", tmp_path / "top.qcow2"
     lay([base, mid], [None, "base.qcow2"])

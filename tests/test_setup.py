@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -180,3 +181,22 @@ def test_a_skip_is_a_failure_in_ci(tmp_path: Path, variable: str | None, workers
         assert "nothing may be: " in done.stdout and "no tool A" in done.stdout
         assert "no tool B" in done.stdout
         assert ("no_such_module" in done.stdout) == (workers == "0")
+
+
+def test_the_architecture_names_what_exists() -> None:
+    """Every package has its place in docs/architecture.md, and no module there has gone."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    packages = {
+        f"{path.parent.relative_to(ROOT)}/" for path in (ROOT / "qchain").glob("*/__init__.py")
+    }
+    assert {name for name in packages if f"`{name}`" not in text} == set()
+    room, gone = ROOT, []
+    for line in text.splitlines():
+        if found := re.match(r"`(qchain/\w+/)`", line):
+            room = ROOT / found[1]
+        gone += [
+            name
+            for name in re.findall(r"`([\w/]+\.py)`", line)
+            if not ((ROOT if "/" in name else room) / name).is_file()
+        ]
+    assert gone == []

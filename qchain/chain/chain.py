@@ -13,6 +13,7 @@ from qchain.errors import ImageError, QchainError, Unsupported
 from qchain.hostfile import FileId, HostFile
 from qchain.qcow2.foreign import foreign_format, is_qcow2
 from qchain.qcow2.header import read_header
+from qchain.qcow2.luks import read_luks_header, unlock
 
 __all__ = ["Chain", "FormatNotRecorded", "named_format", "open_chain", "open_layer"]
 
@@ -102,7 +103,11 @@ def open_layer(
         where = gate.locate(resolve_name(header.data_file_name, path), named)
         data_file = gate.open_referenced(where, named)
     try:
-        return Qcow2Layer(path, file, header, data_file, snapshot)
+        layer = Qcow2Layer(path, file, header, data_file, snapshot)
+        if gate.secret is not None:
+            luks = read_luks_header(file, header)
+            layer.cipher = None if luks is None else unlock(file, luks, gate.secret)
+        return layer
     except QchainError:
         if data_file is not None:
             data_file.close()

@@ -32,6 +32,8 @@ class Gate:
         missing_zero: a backing file that is nowhere reads as zeroes.
         assume_format: format of backing files whose overlay does not record it
             (None: such a chain is an error; formats are never probed).
+        secret: passphrase of the LUKS images of the chain; None: their maps can be read,
+            their content cannot.
     """
 
     allow: tuple[Path, ...] = ()
@@ -40,6 +42,7 @@ class Gate:
     search: tuple[Path, ...] = ()
     missing_zero: bool = False
     assume_format: str | None = None
+    secret: bytes | None = field(default=None, repr=False)
     _roots: tuple[Path, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

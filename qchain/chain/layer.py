@@ -28,6 +28,7 @@ from qchain.qcow2.entries import (
     zero_standard,
 )
 from qchain.qcow2.header import Header
+from qchain.qcow2.luks import LuksCipher
 from qchain.qcow2.snapshots import find_snapshot
 from qchain.qcow2.tables import MapTables
 
@@ -147,6 +148,7 @@ class Qcow2Layer:
         self.extended = header.extended_l2
         self.version = header.version
         self.data_file = data_file
+        self.cipher: LuksCipher | None = None
         l1_offset, l1_size = header.l1_table_offset, header.l1_size
         if snapshot is not None:
             point = find_snapshot(file, header, snapshot)
@@ -159,7 +161,10 @@ class Qcow2Layer:
         return self.data_file or self.file
 
     def read_data(self, view: memoryview, offset: int) -> None:
-        self.data.pread_into(view, offset)
+        if self.cipher is None:
+            self.data.pread_into(view, offset)
+        else:
+            self.cipher.read_into(view, offset, self.data)
 
     def _clusters(self, start: int, end: int) -> tuple[int, int]:
         end = min(end, self.size)
@@ -213,7 +218,7 @@ class Qcow2Layer:
         if start >= self.size:
             return None
         first, last = self._clusters(start, end)
-        raw = self.tables.raw_entries(first, last)
+        raw = self.tables.raw_entries(first, last, scratch=True)
         if raw is None:
             return None
         zero = None
@@ -222,7 +227,8 @@ class Qcow2Layer:
             if zeroes:
                 zero = zero_extended(raw)
         else:
-            allocated = allocated_standard(raw, data_file=self.data_file is not None)
+            external = self.data_file is not None
+            allocated = allocated_standard(raw, data_file=external, overwrite=True)
             if zeroes:
                 zero = zero_standard(raw)
         skip = (start - (first << self.cluster_bits)) // self.granularity

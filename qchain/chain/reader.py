@@ -22,11 +22,21 @@ PIECE = 4 << 20
 
 
 def require_content(layers: Sequence[Layer]) -> None:
-    """Raise `Unsupported` when the data of a layer is encrypted."""
+    """Raise `Unsupported` when the data of a layer is encrypted, and not unlocked."""
     for layer in layers:
-        if layer.header is not None and layer.header.crypt_method:
-            name = {1: "AES", 2: "LUKS"}.get(layer.header.crypt_method, "unknown")
-            raise Unsupported(layer.path, f"its data is encrypted ({name})", "")
+        if layer.header is None or not layer.header.crypt_method:
+            continue
+        if layer.header.encryption != "luks":
+            # qemu itself opens legacy AES in qemu-img only, to convert it: it is broken.
+            name = {"aes": "legacy AES"}.get(layer.header.encryption or "", "unknown")
+            why = f"its data is encrypted ({name}), which is not supported"
+            raise Unsupported(layer.path, why, "convert it with qemu-img")
+        if not isinstance(layer, Qcow2Layer) or layer.cipher is None:
+            raise Unsupported(
+                layer.path,
+                "its data is encrypted (LUKS)",
+                "give the passphrase, --secret-file FILE",
+            )
 
 
 def fill(layers: Sequence[Layer], table: Runs, out: memoryview, at: npt.NDArray[np.int64]) -> None:

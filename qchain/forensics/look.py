@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ MAX_HEADS = 4096
 """Clusters of one range in which the beginning of a file is looked for."""
 _MIN_MAGIC = 4
 _MIN_CONFIDENCE = 0.4
+_WORDS = re.compile(rb"[ -~]{8,80}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +63,8 @@ def look_at(file: HostFile, start: int, length: int, cluster_size: int) -> Look:
     magic: list[tuple[int, str]] = []
     sample = ""
     heads = 0
-    step = max(_PIECE // cluster_size, 1) * cluster_size
-    for offset in range(start, start + length, step):
-        data = file.pread(offset, min(step, start + length - offset))
-        octets = np.frombuffer(data, np.uint8)
-        found = np.bincount(octets, minlength=256)
+    for offset, data in _data(file, start, length, cluster_size):
+        found = np.bincount(np.frombuffer(data, np.uint8), minlength=256)
         counts += found
         if found[0] == len(data):
             continue
@@ -76,12 +76,25 @@ def look_at(file: HostFile, start: int, length: int, cluster_size: int) -> Look:
                 name = _magic_of(head)
                 if name is not None:
                     magic.append((offset + low, name))
+    counts[0] += max(min(length, file.size - start) - int(counts.sum()), 0)  # the holes
     total = int(counts.sum())
     nonzero = total - int(counts[0])
     shares = counts[counts > 0] / max(total, 1)
     entropy = float(-(shares * np.log2(shares)).sum()) if total else 0.0
     printable = int(counts[32:127].sum() + counts[9:11].sum() + counts[13])
     return Look(nonzero, abs(entropy), printable / max(nonzero, 1), tuple(magic), sample)
+
+
+def _data(file: HostFile, start: int, length: int, unit: int) -> Iterator[tuple[int, bytes]]:
+    """(offset, bytes) of what is no hole, in pieces that begin at multiples of `unit`."""
+    step = max(_PIECE // unit, 1) * unit
+    position = start
+    for low, high in file.data_ranges(start, start + length):
+        low = max(position, start + (low - start) // unit * unit)
+        high = min(start + -(-(high - start) // unit) * unit, start + length)
+        for position in range(low, high, step):
+            yield position, file.pread(position, min(step, high - position))
+        position = max(position, high)
 
 
 def _magic_of(head: bytes) -> str | None:
@@ -108,28 +121,18 @@ def _magic_of(head: bytes) -> str | None:
 
 def _words(data: bytes) -> str:
     """The first run of at least eight printable characters, at most 80 of it."""
-    run = bytearray()
-    for byte in data[:65536]:
-        if 32 <= byte < 127:
-            run.append(byte)
-            if len(run) == 80:
-                break
-        elif len(run) >= 8:
-            break
-        else:
-            run.clear()
-    return run.decode("ascii") if len(run) >= 8 else ""
+    found = _WORDS.search(data)
+    return found[0].decode("ascii") if found else ""
 
 
 def save_range(file: HostFile, start: int, length: int, output: Path) -> None:
-    """Copy host bytes into the new file `output`, sparse where a whole MiB is zero.
+    """Copy host bytes into the new file `output`, sparse where the image is.
 
     Raises: as `qchain.forensics.newfile.new_file`; `DataError` when it cannot be read.
     """
     with new_file(output) as stream:
-        for offset in range(0, length, 1 << 20):
-            data = file.pread(start + offset, min(1 << 20, length - offset))
+        for offset, data in _data(file, start, length, 4096):
             if any(data):
-                stream.seek(offset)
+                stream.seek(offset - start)
                 write_all(stream, data)
         stream.truncate(length)

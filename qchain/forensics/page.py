@@ -18,10 +18,10 @@ _MOST_ROWS = 1000
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1d2228; --faint: #5d6772;
-  --line: #d6dbe0; --box: #f4f6f8; --mark: #1f6fa8; --shade: #9db4c6; --bad: #a8201a; }
+  --line: #d6dbe0; --box: #f4f6f8; --mark: #1f6fa8; --shade: #9db4c6; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #14181c; --ink: #e3e8ec; --faint: #9aa6b1; --line: #343c44;
-    --box: #1d2329; --mark: #5cb3ec; --shade: #46647c; --bad: #ff8a80; } }
+    --box: #1d2329; --mark: #5cb3ec; --shade: #46647c; } }
 body { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
   max-width: 64rem; margin: 2rem auto; padding: 0 1.25rem; }
 h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }
@@ -35,7 +35,6 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .75rem .3rem 0;
 th { font-weight: 600; white-space: nowrap; }
 td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 code, .digest { font: .8125rem/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
-.problem { color: var(--bad); }
 .picture { width: 100%; height: auto; display: block; }
 .picture text { fill: var(--ink); font: 14px system-ui, sans-serif; }
 .picture .small { fill: var(--faint); font-size: 12px; }

@@ -57,9 +57,12 @@ def obstacle(
 ) -> str | None:
     """Why `target` (a layer index) cannot receive the data; None if it can."""
     kept, layer = layers[group.kept], layers[target]
+    lowest = layers[group.members[-1]]
     strategy = strategy_of(group.members.index(target), len(group.members))
     if options.strategy not in ("auto", strategy):
         return f"--strategy {options.strategy} was asked for"
+    if options.names == "lowest" and lowest.file.id.device != layer.file.id.device:
+        return f"it lies on another filesystem than {lowest.path.name}, whose name is to stay"
     if target == group.kept:
         return None
     if _has_valid_bitmaps(kept):

@@ -90,7 +90,7 @@ class _Builder:
             return str(below)
         if _absolute(self.lowest.path).parent == directory:
             return recorded
-        return os.path.relpath(below, directory)
+        return _relative(below, directory)
 
     def backing_format(self) -> str | None:
         return None if self.group.below is None else self.layers[self.group.below].format
@@ -224,11 +224,9 @@ class _Builder:
                 spare = final.with_name(f"{WORK_PREFIX}{self.token}.new")
                 self.add(HardLink(self.t_path, spare), Rename(spare, final), Sync(final.parent))
         if self.options.names != "kept" and final != self.j_path and self.above is not None:
-            name = (
-                os.path.relpath(final, self.above.path.parent)
-                if self.above.relative
-                else str(final)
-            )
+            name = str(final)
+            if self.above.relative:
+                name = _relative(final, self.above.path.parent)
             argv = rebase_unsafe_argv(self.above.path, self.above.format, name, self.t.format)
             label = f"re-point {self.above.path.name}"
             self.add(Command(tuple(argv), label=label, writes=(self.above.path,)))
@@ -258,6 +256,22 @@ class _Builder:
 def _absolute(path: Path) -> Path:
     """Absolute, without following links: the name is what other files refer to."""
     return Path(os.path.normpath(path.absolute())) if ".." not in path.parts else path.absolute()
+
+
+def _relative(path: Path, directory: Path) -> str:
+    """`path` as an image in `directory` names it. Both exist.
+
+    As text alone it may be wrong: `..` behind a link to a directory is the parent of
+    where the link leads, and so the kernel takes it.
+    """
+    name = os.path.relpath(path, directory)
+    try:
+        if (directory / name).samefile(path):
+            return name
+    except OSError:
+        pass
+    real = Path(os.path.realpath(path.parent)) / path.name
+    return os.path.relpath(real, os.path.realpath(directory))
 
 
 def sequence(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qchain.chain.layer import Layer, Masks
+from qchain.chain.layer import Layer, Masks, Qcow2Layer
 from qchain.chain.ownership import unify, workers
 from qchain.chain.resolve import windows
 
@@ -37,7 +37,7 @@ class Traffic:
             turns them into data where the new backing is not zero).
         extents: contiguous runs of both.
         new_clusters: clusters of the target that get data and had none.
-        new_tables: L2 tables of the target that come into being.
+        new_tables: L2 tables of the target that come into being, for zero writes too.
     """
 
     commit_bytes: int = 0
@@ -114,8 +114,11 @@ class _Window:
     def empty(self) -> bool:
         return all(mask is None for mask in self.allocated)
 
-    def traffic(self, target: int) -> Traffic:
-        """Counts for `layers[target]` as the target; `layers[0]` is the kept image."""
+    def traffic(self, target: int, tables: _Tables) -> Traffic:
+        """Counts for `layers[target]` as the target; `layers[0]` is the kept image.
+
+        The L2 tables that are written to are noted in `tables`.
+        """
         out = Traffic()
         size = self.layers[0].size
         count = min(self.count, max(0, -(-(size - self.start) // self.unit)))
@@ -145,6 +148,7 @@ class _Window:
             out.commit_zero_bytes = int(np.count_nonzero(dirty)) * self.unit - out.commit_bytes
             out.extents += _runs(dirty)
             written |= copied
+            tables.touch(dirty, self.unit, self.start)
         below: Bools | None = None
         for mask in self.allocated[target + 1 :]:
             if mask is not None:
@@ -164,7 +168,8 @@ class _Window:
         has_host = np.zeros(count, bool)
         if own is not None:
             has_host |= own[:count] if own_zero is None else own[:count] & ~own_zero[:count]
-        self._growth(out, layer, written, has_host, own)
+        self._growth(out, layer, written, has_host)
+        tables.touch(written, self.unit, self.start)
         return out
 
     def _data_below(self, target: int) -> Bools:
@@ -177,26 +182,44 @@ class _Window:
                 hidden |= mask
         return seen
 
-    def _growth(
-        self, out: Traffic, layer: Layer, written: Bools, has_host: Bools, own: Bools | None
-    ) -> None:
-        header = layer.header
-        cluster = 4096 if header is None else header.cluster_size
+    def _growth(self, out: Traffic, layer: Layer, written: Bools, has_host: Bools) -> None:
+        cluster = 4096 if layer.header is None else layer.header.cluster_size
         touched = _any_of(written, self.unit, cluster)
         had = _any_of(has_host, self.unit, cluster)
         pieces = max(cluster, self.unit) // cluster
         out.new_clusters = int(np.count_nonzero(touched & ~had)) * pieces
-        if header is None:
+
+
+class _Tables:
+    """Which L2 tables of a target come to be used.
+
+    Held for the whole target, as its L1 is: one table may span many windows.
+    """
+
+    def __init__(self, layer: Layer, size: int) -> None:
+        self.span = 0
+        if isinstance(layer, Qcow2Layer):
+            self.span = layer.cluster_size * layer.tables.per_table
+            self.touched = np.zeros(-(-size // self.span), bool)
+            there = layer.tables.l1[: len(self.touched)] != 0
+            self.there = np.zeros(len(self.touched), bool)
+            self.there[: len(there)] = there
+
+    def touch(self, written: Bools, unit: int, start: int) -> None:
+        """Note what is written into a window: cells of `unit` bytes from guest byte `start`."""
+        cells = np.flatnonzero(written)
+        if not self.span or not len(cells):
             return
-        span = cluster * (cluster // (16 if header.extended_l2 else 8))
-        if span <= self.unit:
-            # Each cell covers whole tables.
-            before = written & False if own is None else own[: len(written)]
-            out.new_tables = int(np.count_nonzero(written & ~before)) * (self.unit // span)
-        else:
-            before_any = _any_of(written & False if own is None else own, self.unit, span)
-            after = _any_of(written, self.unit, span)
-            out.new_tables = int(np.count_nonzero(after & ~before_any[: len(after)]))
+        first = (start + cells * unit) // self.span
+        self.touched[first] = True
+        for more in range(1, unit // self.span):
+            # The cells of a window where little is allocated may cover several tables.
+            index = first + more
+            self.touched[index[index < len(self.touched)]] = True
+
+    @property
+    def new(self) -> int:
+        return int(np.count_nonzero(self.touched & ~self.there)) if self.span else 0
 
 
 def count_traffic(
@@ -217,10 +240,13 @@ def count_traffic(
     finest = min(layers, key=lambda layer: layer.granularity)
     spans = list(windows([longest, finest, *layers], 0, size))
     totals = [Traffic() for _ in targets]
+    tables = [_Tables(layers[target], layers[0].size) for target in targets]
 
     def one(span: tuple[int, int]) -> list[Traffic] | None:
         window = _Window(layers, below_size, *span)
-        return None if window.empty else [window.traffic(target) for target in targets]
+        if window.empty:
+            return None
+        return [window.traffic(*pair) for pair in zip(targets, tables, strict=True)]
 
     with ThreadPoolExecutor(workers()) as pool:
         for (_, end), found in zip(spans, pool.map(one, spans), strict=True):
@@ -228,4 +254,6 @@ def count_traffic(
                 total.add(part)
             if progress is not None:
                 progress(end, size)
+    for total, each in zip(totals, tables, strict=True):
+        total.new_tables = each.new
     return totals

@@ -66,19 +66,20 @@ _ZERO_BE = np.array([ZERO], ">u8").view(np.uint64)[0]
 _COMPRESSED_BE = np.array([COMPRESSED], ">u8").view(np.uint64)[0]
 
 
-def allocated_standard(raw: U64, *, data_file: bool = False) -> Bools:
+def allocated_standard(raw: U64, *, data_file: bool = False, overwrite: bool = False) -> Bools:
     """Which entries are allocated (zero clusters included), from big-endian words as read.
 
     Args:
         raw: shape (n,), the table's bytes viewed as native uint64.
         data_file: the image has an external data file (offset 0 is valid there).
+        overwrite: `raw` may be changed. `zero_standard` of it stays the same.
 
     Returns: shape (n,).
     """
     mask = _ALLOCATED_BE
     if data_file:
         mask = mask | np.array([COPIED], ">u8").view(np.uint64)[0]
-    out: Bools = (raw & mask) != 0
+    out: Bools = np.bitwise_and(raw, mask, out=raw if overwrite else None) != 0
     return out
 
 

@@ -7,6 +7,7 @@ for: a table that the file does not hold is an error, not an allocation.
 from __future__ import annotations
 
 import itertools
+import threading
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,20 @@ from qchain.qcow2.header import Header
 __all__ = ["MapTables"]
 
 U64 = npt.NDArray[np.uint64]
+
+_SCRATCH_WORDS = 1 << 18
+"""The largest buffer (in words) that a thread keeps: larger windows get their own."""
+_local = threading.local()
+
+
+def _scratch(words: int) -> U64:
+    """The calling thread's buffer, content undefined: fresh memory costs page faults."""
+    if words > _SCRATCH_WORDS:
+        return np.empty(words, np.uint64)
+    kept: U64 | None = getattr(_local, "words", None)
+    if kept is None or len(kept) < words:
+        kept = _local.words = np.empty(words, np.uint64)
+    return kept[:words]
 
 
 class MapTables:
@@ -65,8 +80,12 @@ class MapTables:
         """Whether any of the clusters first..last-1 has an L2 table."""
         return bool(self.l1[first // self.per_table : -(-last // self.per_table)].any())
 
-    def raw_entries(self, first: int, last: int) -> U64 | None:
+    def raw_entries(self, first: int, last: int, *, scratch: bool = False) -> U64 | None:
         """Entries of guest clusters first..last-1 as read: big-endian words.
+
+        Args:
+            scratch: the answer may lie in a buffer of the calling thread, which its next
+                call with `scratch` overwrites. The caller may overwrite it too.
 
         Returns: shape ((last - first) * words,) viewed as native uint64, words = 2 for
             extended L2; None when no L2 table covers the range.
@@ -76,20 +95,25 @@ class MapTables:
         if not tables.any():
             return None
         size = 8 * self.words
-        out = np.zeros((last - first) * self.words, np.uint64)
+        count = (last - first) * self.words
+        out = _scratch(count) if scratch else np.empty(count, np.uint64)
         view = memoryview(out.view(np.uint8).data)
         if len(tables) == 1:
             self._read(view, int(tables[0]) + (first - start_table * self.per_table) * size)
             return out
         table_bytes = self.per_table * size
         # Tables that follow each other in the file are read in one call.
-        breaks = np.flatnonzero(np.diff(tables) != table_bytes) + 1
+        # A hole is no neighbour, even of a table that lies in the file's second cluster.
+        hole = tables == 0
+        follows = np.where(hole[:-1], hole[1:], np.diff(tables) == table_bytes)
+        breaks = np.flatnonzero(~follows) + 1
         edges = [0, *breaks.tolist(), len(tables)]
         for low, high in itertools.pairwise(edges):
-            if tables[low] == 0:
-                continue
             begin = max((start_table + low) * self.per_table, first)
             end = min((start_table + high) * self.per_table, last)
+            if tables[low] == 0:
+                out[(begin - first) * self.words : (end - first) * self.words] = 0
+                continue
             skip = begin - (start_table + low) * self.per_table
             self._read(
                 view[(begin - first) * size : (end - first) * size],

@@ -103,7 +103,8 @@ def execute(
     mode = plan.options.verify
     layers: Sequence[Layer] = chain.layers
     if plan.groups:
-        with sole(layers[0].path), ChainLocks(layers) as locks:
+        merged = [layers[index] for group in plan.groups for index in group.group.members]
+        with sole(layers[0].path), ChainLocks(layers, merged) as locks:
             journal = Journal.begin(plan)
             for number, (group, record) in enumerate(zip(plan.groups, journal.groups, strict=True)):
                 held = layers[group.group.kept :]

@@ -19,18 +19,23 @@ __all__ = ["ChainLocks", "sole"]
 class ChainLocks:
     """A reader's locks on every layer: nobody else may open one for writing.
 
+    Those that are `merged`, and the active one, nobody else may even read: qemu-img
+    could not write to them, and who reads one would see its content change.
+
     Raises `Refused` on entry when an image is in use, by whom if that can be known;
     nothing was changed then.
     """
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(self, layers: Sequence[Layer], merged: Sequence[Layer] = ()) -> None:
         self.layers = layers
+        self._alone = [*layers[:1], *merged]
 
     def __enter__(self) -> ChainLocks:
         try:
             for layer in self.layers:
                 state = probe(layer.file.fd)
-                if state.writer or (state.in_use and layer is self.layers[0]):
+                alone = any(layer is each for each in self._alone)
+                if state.writer or (state.in_use and alone):
                     who = holder_name(layer.file.fd) or "another process"
                     raise Refused(
                         layer.path, f"is in use by {who}", "shut the guest off and try again"

@@ -84,7 +84,7 @@ def _one(journal: Journal, back: bool, qemu: QemuImg, observer: Observer) -> str
         first = journal.step if number == journal.group else 0
         layers = _open(record, first)
         try:
-            with ChainLocks(layers) as locks:
+            with ChainLocks(layers, layers[: record.below]) as locks:
                 run = GroupRun(record, layers, journal.verify, qemu, observer, locks)
                 run.resume(first)
                 if back:

@@ -111,9 +111,7 @@ class _Finder:
         snapshots, table_length = snapshot_l1_tables(self.file, header, self.found)
         tables += snapshots
         if table_length:
-            self._range(
-                "snapshot table", header.snapshots_offset, table_length, Use.SNAPSHOT_TABLE
-            )
+            self._range("snapshot table", header.snapshots_offset, table_length, Use.SNAPSHOT_TABLE)
         self._l1_tables(tables)
         self._range(
             "refcount table",
@@ -149,9 +147,7 @@ class _Finder:
         if spans:
             columns = np.array(spans, np.int64)
             ones = np.ones((len(spans), 1), np.int64)
-            for low, high, weight in zip(
-                *overlay(columns[:, 0], columns[:, 1], ones), strict=True
-            ):
+            for low, high, weight in zip(*overlay(columns[:, 0], columns[:, 1], ones), strict=True):
                 self.out.ranges.append((int(low), int(high) - 1, int(weight[0]), use))
         return inside
 
@@ -159,8 +155,10 @@ class _Finder:
         """`tables`: offset and length in bytes, the active one first."""
         self._ranges("L1 table", tables, Use.L1)
         # Entries beyond the end of the file read as 0: nothing there.
-        clipped = [(start, min(start + length, self.file.size), index == 0)
-                   for index, (start, length) in enumerate(tables)]
+        clipped = [
+            (start, min(start + length, self.file.size), index == 0)
+            for index, (start, length) in enumerate(tables)
+        ]
         clipped = [each for each in clipped if each[0] < each[1]]
         if not clipped:
             return
@@ -244,6 +242,15 @@ class _Finder:
                 "bitmap-directory", where.directory_offset, where.directory_size, error.why
             )
             return
+        for each in bitmaps:
+            # qemu's load_bitmap_data: exactly the bits of the disk, in whole 64-bit words.
+            bits = -(-self.header.size // each.granularity)
+            needed = -(-(-(-bits // 64) * 8) // self.size)
+            if not each.in_use and each.table_size != needed:
+                why = f"{each.name!r} has a table of {each.table_size} entries, not {needed}"
+                self.found.add(
+                    "bitmap-directory", where.directory_offset, where.directory_size, why
+                )
         tables = [(each.table_offset, each.table_size * 8) for each in bitmaps]
         self._ranges("bitmap table", tables, Use.BITMAP_TABLE)
         spans = [(start, min(start + length, self.file.size)) for start, length in tables]

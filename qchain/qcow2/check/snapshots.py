@@ -41,6 +41,13 @@ def snapshot_l1_tables(
     window = Window(file, start)
     for index in range(header.nb_snapshots):
         position = -(-position // 8) * 8
+        if position >= file.size:
+            # Only empty entries from here on.
+            left = header.nb_snapshots - index
+            if header.version >= 3:
+                found.add("snapshot-incomplete", position, left * _HEAD, count=left)
+            position += left * _HEAD
+            break
         head = SNAPSHOT_ENTRY_HEAD.parse(window.get(position, _HEAD).ljust(_HEAD, b"\0"))
         if head.extra_size > _MAX_EXTRA:
             why = f"entry {index} has {head.extra_size} bytes of extra data"

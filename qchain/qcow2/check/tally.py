@@ -102,7 +102,9 @@ class Tally:
             np.add.at(self.counts, index, np.uint64(weight))
         self.uses[index] |= np.uint16(use)
 
-    def overlaps(self) -> npt.NDArray[np.int64]:
-        """Indexes, from `low` on, of the clusters with more than one use."""
-        used = self.uses
-        return np.flatnonzero((used != 0) & ((used & (used - np.uint16(1))) != 0))
+    def overlaps(self) -> npt.NDArray[np.bool_]:
+        """Which clusters have more than one use: shape (high - low,)."""
+        # Without its lowest bit, a number that has only one is 0.
+        out: npt.NDArray[np.bool_] = (self.uses & (self.uses - np.uint16(1))) != 0
+        out[self.uses == 0] = False
+        return out

@@ -1,0 +1,170 @@
+"""`qchain seal` and `qchain verify`: digests by hashlib and qemu-img; every change is noticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from cli_runner import run
+
+from fixtures.build import Chain, build_chain
+from fixtures.oracle import qemu_img, qemu_io, raw_of
+from qchain.chain.chain import open_chain
+from qchain.forensics.staleness import GRACE, birth_ns, staleness
+from qchain.hostfile import HostFile
+
+HOUR = 3600 * 10**9
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Chain:
+    return build_chain(tmp_path, ["[raw] 256k:A", "64k:- 64k:B", "128k:- 64k:c"])
+
+
+def test_what_a_seal_holds(built: Chain) -> None:
+    result = run("seal", "--json", built.active)
+    assert result.code == 0 and result.err == ""
+    where = built.active.with_name("l2.qcow2.seal.json")
+    seal = json.loads(where.read_text())
+    assert result.json == {"output": str(where), **seal}
+    assert seal["point"]["sha256"] == sha256(raw_of(built.active))
+    assert seal["tool"].startswith("qchain ")
+    for path, entry in zip(reversed(built.paths), seal["layers"], strict=True):
+        content = path.read_bytes()
+        assert entry["name"] == path.name and entry["size"] == len(content)
+        assert entry["sha256"] == sha256(content)
+        assert entry["header_sha256"] == sha256(content[:65536])
+        assert entry["mtime_ns"] == path.stat().st_mtime_ns
+    assert run("verify", built.active, "--seal", where).code == 0
+    assert run("verify", "--json", built.active, "--seal", where).json["intact"]
+    run("seal", built.active).fails(3)  # it is not written over
+
+
+def flip(path: Path, at: int) -> None:
+    """One bit, all times kept."""
+    status = path.stat()
+    with path.open("r+b") as stream:
+        stream.seek(at)
+        byte = stream.read(1)[0]
+        stream.seek(at)
+        stream.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_one_bit_anywhere_is_noticed(built: Chain, depth: int) -> None:
+    seal = built.active.with_name("seal")
+    assert run("seal", built.active, "-o", seal).code == 0
+    path = built.paths[-1 - depth]
+    # In a header, the padding: nothing reads it.
+    flip(path, path.stat().st_size - 1 if path.suffix == ".raw" else 110)
+    result = run("verify", "--json", built.active, "--seal", seal)
+    assert result.code == 1 and result.err == ""
+    assert not result.json["intact"]
+    assert any(path.name in text for text in result.json["changes"])
+    assert all(other.name not in text for text in result.json["changes"]
+               for other in built.paths if other != path)  # fmt: skip
+    assert result.json["point_same"] == (depth < 2)
+    assert "though its time of change is the same" in " ".join(result.json["changes"])
+
+
+def test_another_layout_of_the_same_content(built: Chain) -> None:
+    seal = built.active.with_name("seal")
+    run("seal", built.active, "-o", seal)
+    qemu_img("rebase", "-f", "qcow2", "-F", "raw", "-b", "base.raw", built.active)
+    result = run("verify", "--json", built.active, "--seal", seal)
+    assert result.code == 1 and result.json["point_same"]
+    assert any("3 were sealed" in text for text in result.json["changes"])
+    assert "the guest still sees" in run("verify", built.active, "--seal", seal).out
+
+
+def test_the_guest_sees_another_content(built: Chain) -> None:
+    seal = built.active.with_name("seal")
+    run("seal", built.active, "-o", seal)
+    qemu_io(built.active, ["write -q -P 7 0 512"], "qcow2")
+    result = run("verify", "--json", built.active, "--seal", seal)
+    assert result.code == 1 and not result.json["point_same"]
+
+
+def test_copied_evidence_is_intact(built: Chain, tmp_path: Path) -> None:
+    seal = built.active.with_name("seal")
+    run("seal", built.active, "-o", seal)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in built.paths:
+        shutil.copyfile(path, copy / path.name)  # the times are not kept
+        os.utime(copy / path.name, ns=(HOUR, HOUR))
+    result = run("verify", "--json", copy / "l2.qcow2", "--seal", seal)
+    assert result.code == 0 and result.json["intact"] and len(result.json["notes"]) == 3
+
+
+def test_a_data_file_is_sealed(tmp_path: Path) -> None:
+    built = build_chain(tmp_path, ["[datafile] 64k:A 64k:-"])
+    seal = tmp_path / "seal"
+    assert run("seal", built.active, "-o", seal).code == 0
+    flip(built.active.with_name(built.active.name + ".data"), 100)
+    result = run("verify", "--json", built.active, "--seal", seal)
+    assert result.code == 1 and not result.json["point_same"]
+    assert any("base.qcow2.data" in text for text in result.json["changes"])
+
+
+NEARLY = '{"seal": 1, "sealed": "x", "point": {"sha256": "y"}, "layers": [{}]}'
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"seal": 1}', "\xff", NEARLY])
+def test_no_seal(built: Chain, text: str) -> None:
+    seal = built.active.with_name("seal")
+    seal.write_bytes(text.encode("latin-1"))
+    run("verify", built.active, "--seal", seal).fails(2)
+    run("verify", built.active, "--seal", seal.with_name("none")).fails(4)
+
+
+# Signs that a base was changed after its overlay was made
+
+
+def signs(chain: Chain) -> list[str]:
+    with open_chain(chain.active) as opened:
+        return staleness(opened.layers)
+
+
+def set_mtime(path: Path, nanoseconds: int) -> None:
+    os.utime(path, ns=(nanoseconds, nanoseconds))
+
+
+def test_a_base_written_after_its_overlay_was_made(built: Chain) -> None:
+    assert signs(built) == []
+    made = built.paths[1].stat().st_mtime_ns
+    # An overlay in use is newer than its base; only its birth tells that the base is too new.
+    set_mtime(built.base, made + 2 * HOUR)
+    set_mtime(built.paths[1], made + 3 * HOUR)
+    set_mtime(built.active, made + 4 * HOUR)
+    with HostFile(built.paths[1]) as file:
+        assert birth_ns(file) is not None, "this filesystem keeps no birth times"
+        assert birth_ns(file) == birth_ns(built.paths[1])
+    found = signs(built)
+    assert len(found) == 2 and "l1.qcow2: its backing file base.raw was written" in found[1]
+
+
+def test_a_base_newer_than_the_last_write_of_its_overlay(built: Chain) -> None:
+    old = built.base.stat().st_mtime_ns - 100 * HOUR
+    for path in built.paths:  # copied with their times: births say nothing
+        set_mtime(path, old)
+    assert signs(built) == []
+    set_mtime(built.base, old + GRACE)
+    assert signs(built) == []  # a live snapshot flushes the base a moment later
+    set_mtime(built.base, old + GRACE + 1)
+    assert len(signs(built)) == 1
+
+
+def test_a_base_that_grew(built: Chain) -> None:
+    qemu_img("resize", "-q", "-f", "raw", built.base, "1M")
+    found = signs(built)
+    assert len(found) == 1 and "longer" in found[0]
