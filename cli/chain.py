@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import Common, command
-from .output import absolute, console, write, write_json
+from .output import absolute, console, note, write, write_json
 
 if TYPE_CHECKING:
     from qchain.chain.chain import Chain
@@ -25,6 +25,7 @@ def chain(
 ) -> None:
     """Show a chain: its layers, what they hold, and who owns which region of the disk."""
     from qchain.chain.ownership import ownership
+    from qchain.forensics.staleness import staleness
 
     from .opening import open_for
 
@@ -32,11 +33,14 @@ def chain(
         with common.reporter() as reporter:
             reporter.step("reading maps", opened.size)
             owned = ownership(opened.layers, reporter.advance)
+        warnings = staleness(opened.layers)
         if common.json:
             layers = [_as_json(*pair) for pair in zip(opened.layers, owned, strict=True)]
-            write_json({"virtual_size": opened.size, "layers": layers})
+            write_json({"virtual_size": opened.size, "layers": layers, "warnings": warnings})
         else:
             _show(opened, owned)
+            for text in warnings:
+                note(text)
 
 
 def _as_json(layer: Layer, owned: Ownership) -> dict[str, Any]:

@@ -128,7 +128,9 @@ def disagreement(image: Path) -> tuple[str, str | None]:
         return "refused", None if good else f"refused ({error}), qemu finds nothing wrong"
     assert_sound(report, image)
     if verdict.corruptions is None:
-        return "qemu refuses", None if report.corruptions else f"not corrupt; qemu: {verdict.text}"
+        # Flag bit 2 of a bitmap is in the specification, but qemu does not take it.
+        good = report.corruptions or "doesn't satisfy the constraints" in verdict.text
+        return "qemu refuses", None if good else f"not corrupt; qemu: {verdict.text}"
     if verdict.corrupt != bool(report.corruptions):
         return "differ", f"corruptions {report.counts}, qemu {verdict}"
     if verdict.leaks != report.leaks:
@@ -544,7 +546,7 @@ def test_tables_reached_by_many_ways_cost_little(tmp_path: Path) -> None:
         file.write(struct.pack(">IQ", 4 << 20, end))
     started = time.monotonic()
     report = check(image)
-    assert report.corruptions and report.counts["l1-unaligned" if False else "refcount-too-low"]
+    assert report.counts["refcount-too-low"] and report.counts["copied-wrong"]
     assert time.monotonic() - started < 10
 
 

@@ -365,4 +365,4 @@ def test_a_backing_name_that_no_header_holds(tmp_path: Path) -> None:
             with pytest.raises(FailedMidway):
                 execute(plan, chain)
     assert {path: raw_of(path) for path in (top, mid, longer)} == before
-    assert [p for p in tmp_path.rglob(".qchain*")] == []
+    assert list(tmp_path.rglob(".qchain*")) == []

@@ -80,27 +80,17 @@ def show(page: Path, scratch: Path, dark: bool = False) -> Shown:
     """Open a page in headless Chromium, cut off from any network."""
     assert BROWSER is not None
     scratch.mkdir()
-    common = [
-        *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
-        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-        f"--user-data-dir={scratch / 'profile'}",
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-    ]
     shot, log = scratch / "shot.png", scratch / "net.json"
     done = subprocess.run(
         [
-            *common,
-            *("--hide-scrollbars", "--window-size=1000,1400", f"--screenshot={shot}"),
-            *("--enable-logging=stderr", f"--log-net-log={log}", page.as_uri()),
+            *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
+            *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            f"--user-data-dir={scratch / 'profile'}",
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+            *("--hide-scrollbars", "--window-size=900,1000", f"--screenshot={shot}"),
+            *("--dump-dom", "--enable-logging=stderr", f"--log-net-log={log}", page.as_uri()),
         ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    dom = subprocess.run(
-        [*common, "--dump-dom", page.as_uri()],
         capture_output=True,
         text=True,
         timeout=120,
@@ -113,7 +103,7 @@ def show(page: Path, scratch: Path, dark: bool = False) -> Shown:
         decode_png(shot.read_bytes()),
         [line for line in done.stderr.splitlines() if "CONSOLE" in line],
         {url for url in urls if url.startswith(("http", "ws", "ftp")) and "google" not in url},
-        dom.stdout,
+        done.stdout,
     )
 
 
@@ -289,10 +279,10 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
 
 
 def test_many_layers(tmp_path: Path) -> None:
-    built = build_chain(tmp_path, ["64k:A", *(["64k:B"] * 59)])
+    built = build_chain(tmp_path, ["64k:A", *(["64k:B"] * 15)])
     source = report_on(built.active, tmp_path / "r.html", "--no-digests")
     text = "\n".join(Page(source).text)
-    assert "49 more images" in text and text.count("l30.qcow2") >= 1
+    assert "5 more images" in text and "l13.qcow2" in text
     assert len(source) < 200_000
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qchain.chain.layer import Layer
-from qchain.chain.scan import overlays_in, unfinished
+from qchain.chain.names import resolve_backing
+from qchain.chain.scan import identity, overlays_in, unfinished
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
 
@@ -50,6 +51,8 @@ def file_refusals(layers: Sequence[Layer], group: Group) -> list[str]:
             )
         if index != group.kept and header.bitmaps_extension is not None:
             out.append(f"{path}: holds bitmaps that would be lost; remove them first")
+    for index in group.members:
+        out += _name_refusals(layers, index)
     for index in group.members[:-1]:
         backing = layers[index].backing
         if backing is not None and backing.format is None:
@@ -61,6 +64,29 @@ def file_refusals(layers: Sequence[Layer], group: Group) -> list[str]:
     if group.below is not None and lowest.backing is not None and lowest.backing.format is None:
         out.append(f"{lowest.path}: the format of its backing file is not recorded; record it")
     return out
+
+
+def _name_refusals(layers: Sequence[Layer], index: int) -> list[str]:
+    """Backing names that qemu-img would take for another file than the plan does."""
+    layer = layers[index]
+    if layer.backing is None:
+        return []
+    named = resolve_backing(layer.backing.name, layer.backing.format, layer.path)
+    if not named.plain:
+        return [
+            (
+                f"{layer.path}: its backing name {layer.backing.name[:80]!r} is not a plain file name; "
+                "record one with 'qemu-img rebase -u'"
+            )
+        ]
+    if index + 1 == len(layers) or identity(named.path) != layers[index + 1].file.id:
+        return [
+            (
+                f"{layer.path}: its backing file {layer.backing.name!r} is not where its name says; "
+                "record the right name with 'qemu-img rebase -u'"
+            )
+        ]
+    return []
 
 
 def overlay_refusals(

@@ -71,6 +71,8 @@ def _runs(mask: Bools) -> int:
 
 def _round_out(mask: Bools, unit: int, to: int) -> Bools:
     """`mask` (cells of `unit`) grown to whole pieces of `to` bytes, still in cells of `unit`."""
+    if to <= unit:
+        return mask
     return np.repeat(_any_of(mask, unit, to), max(1, to // unit))[: len(mask)]
 
 
@@ -109,85 +111,132 @@ class _Window:
                 zero = np.zeros(self.count, bool) if zero is None else zero.copy()
                 mask[first:] = zero[first:] = True
                 self.allocated[index], self.zero[index] = mask, zero
+        # What is beyond the kept image's end does not move.
+        self.count = min(self.count, max(0, -(-(layers[0].size - start) // self.unit)))
+        self.cells = [
+            _Shown(_cut(mask, self.count), _cut(zero, self.count))
+            for mask, zero in zip(self.allocated, self.zero, strict=True)
+        ]
 
     @property
     def empty(self) -> bool:
         return all(mask is None for mask in self.allocated)
 
-    def traffic(self, target: int, tables: _Tables) -> Traffic:
-        """Counts for `layers[target]` as the target; `layers[0]` is the kept image.
+    def traffic(self, targets: Sequence[int], tables: Sequence[_Tables]) -> list[Traffic]:
+        """Counts for each target (a layer index; 0 is the kept image).
 
-        The L2 tables that are written to are noted in `tables`.
+        The L2 tables that are written to are noted in `tables`. Unions grow from layer to
+        layer, downwards and upwards, so that the work is linear in the depth.
         """
+        below = [_NOTHING]
+        for shown in reversed(self.cells):
+            below.append(shown.over(below[-1]))
+        below.reverse()  # below[k]: the layers from k down
+        wanted = {target: place for place, target in enumerate(targets)}
+        out = [Traffic() for _ in targets]
+        above = _NOTHING
+        for target, own in enumerate(self.cells):
+            down = above.over(own)
+            if target in wanted:
+                place = wanted[target]
+                out[place] = self._one(
+                    target, above, down, own, below[target], below[target + 1], tables[place]
+                )
+            above = down
+        return out
+
+    def _one(
+        self,
+        target: int,
+        above: _Shown,
+        down: _Shown,
+        own: _Shown,
+        from_here: _Shown,
+        below: _Shown,
+        tables: _Tables,
+    ) -> Traffic:
+        """One target: what is above it, that and its own, what is from it on, and below it."""
         out = Traffic()
-        size = self.layers[0].size
-        count = min(self.count, max(0, -(-(size - self.start) // self.unit)))
-        above: Bools | None = None
-        above_data: Bools | None = None
-        for mask, zero in zip(self.allocated[:target], self.zero[:target], strict=True):
-            if mask is None:
-                continue
-            data = mask if zero is None else mask & ~zero
-            if above is None or above_data is None:
-                above, above_data = mask, data
-            else:
-                above_data = above_data | (data & ~above)
-                above = above | mask
         layer = self.layers[target]
-        own = self.allocated[target]
-        own_zero = self.zero[target]
-        written = np.zeros(count, bool)
-        if above is not None:
-            assert above_data is not None
+        dirty = copied = moved = None
+        if above.mask is not None:
             unit = commit_granularity(layer)
-            dirty = _round_out(above[:count], self.unit, unit)
-            # A piece is read and written as data when any of it is data to the guest.
-            seen = above_data[:count] | (self._data_below(target)[:count] & ~above[:count])
-            copied = dirty & _round_out(seen, self.unit, unit)
+            dirty = copied = _round_out(above.mask, self.unit, unit)
+            if above.zero is not None:
+                # A piece is read and written as data when any of it is data to the guest.
+                seen = above.over(from_here).data
+                assert seen is not None
+                copied = dirty & _round_out(seen, self.unit, unit)
             out.commit_bytes = int(np.count_nonzero(copied)) * self.unit
             out.commit_zero_bytes = int(np.count_nonzero(dirty)) * self.unit - out.commit_bytes
             out.extents += _runs(dirty)
-            written |= copied
-            tables.touch(dirty, self.unit, self.start)
-        below: Bools | None = None
-        for mask in self.allocated[target + 1 :]:
-            if mask is not None:
-                below = mask if below is None else below | mask
-        if below is not None:
-            moved = below[:count].copy()
-            if above is not None:
-                moved &= ~above[:count]
-            if own is not None:
-                moved &= ~own[:count]
+        if below.mask is not None:
+            moved = below.mask if down.mask is None else below.mask > down.mask
             # Where the new backing has ended, zero clusters read right without moving.
-            ended = max(0, min(count, -(-(self.below_size - self.start) // self.unit)))
-            moved[ended:] &= self._data_below(target + 1)[ended:count]
+            ended = max(0, min(self.count, -(-(self.below_size - self.start) // self.unit)))
+            if ended < self.count and below.zero is not None:
+                assert below.data is not None
+                moved = np.concatenate((moved[:ended], moved[ended:] & below.data[ended:]))
             out.pull_bytes = int(np.count_nonzero(moved)) * self.unit
             out.extents += _runs(moved)
-            written |= moved
-        has_host = np.zeros(count, bool)
-        if own is not None:
-            has_host |= own[:count] if own_zero is None else own[:count] & ~own_zero[:count]
-        self._growth(out, layer, written, has_host)
-        tables.touch(written, self.unit, self.start)
+        written = _union(copied, moved)
+        if written is not None:
+            out.new_clusters = self._new_clusters(layer, written, own.data)
+            touched = _union(dirty, moved)
+            assert touched is not None
+            tables.touch(touched, self.unit, self.start)
         return out
 
-    def _data_below(self, target: int) -> Bools:
-        """Where the group's layers from `target` down show data."""
-        seen = np.zeros(self.count, bool)
-        hidden = np.zeros(self.count, bool)
-        for mask, zero in zip(self.allocated[target:], self.zero[target:], strict=True):
-            if mask is not None:
-                seen |= (mask if zero is None else mask & ~zero) & ~hidden
-                hidden |= mask
-        return seen
-
-    def _growth(self, out: Traffic, layer: Layer, written: Bools, has_host: Bools) -> None:
+    def _new_clusters(self, layer: Layer, written: Bools, has_host: Bools | None) -> int:
         cluster = 4096 if layer.header is None else layer.header.cluster_size
-        touched = _any_of(written, self.unit, cluster)
-        had = _any_of(has_host, self.unit, cluster)
         pieces = max(cluster, self.unit) // cluster
-        out.new_clusters = int(np.count_nonzero(touched & ~had)) * pieces
+        touched = _any_of(written, self.unit, cluster)
+        if has_host is not None:
+            touched = touched > _any_of(has_host, self.unit, cluster)
+        return int(np.count_nonzero(touched)) * pieces
+
+
+def _cut(mask: Bools | None, count: int) -> Bools | None:
+    return None if mask is None else mask[:count]
+
+
+def _union(a: Bools | None, b: Bools | None) -> Bools | None:
+    if a is None or a is b:
+        return b
+    return a if b is None else a | b
+
+
+class _Shown:
+    """What some layers, seen from above, allocate: `mask`, and which of it reads zero.
+
+    Both of shape (cells,); `mask` None: nothing at all; `zero` None: all of it is data.
+    """
+
+    __slots__ = ("mask", "zero")
+
+    def __init__(self, mask: Bools | None, zero: Bools | None) -> None:
+        self.mask, self.zero = mask, zero
+
+    @property
+    def data(self) -> Bools | None:
+        """What shows data."""
+        if self.mask is None or self.zero is None:
+            return self.mask
+        return self.mask > self.zero
+
+    def over(self, lower: _Shown) -> _Shown:
+        """These layers and, below them, those of `lower`."""
+        if self.mask is None:
+            return lower
+        if lower.mask is None:
+            return self
+        zero = self.zero
+        if lower.zero is not None:
+            zero = _union(zero, lower.zero > self.mask)
+        return _Shown(self.mask | lower.mask, zero)
+
+
+_NOTHING = _Shown(None, None)
 
 
 class _Tables:
@@ -207,8 +256,13 @@ class _Tables:
 
     def touch(self, written: Bools, unit: int, start: int) -> None:
         """Note what is written into a window: cells of `unit` bytes from guest byte `start`."""
+        if not self.span:
+            return
+        low, high = start // self.span, (start + len(written) * unit - 1) // self.span + 1
+        if high <= len(self.there) and self.there[low:high].all():
+            return  # the usual case, and the rest is slow
         cells = np.flatnonzero(written)
-        if not self.span or not len(cells):
+        if not len(cells):
             return
         first = (start + cells * unit) // self.span
         self.touched[first] = True
@@ -246,7 +300,7 @@ def count_traffic(
         window = _Window(layers, below_size, *span)
         if window.empty:
             return None
-        return [window.traffic(*pair) for pair in zip(targets, tables, strict=True)]
+        return window.traffic(targets, tables)
 
     with ThreadPoolExecutor(workers()) as pool:
         for (_, end), found in zip(spans, pool.map(one, spans), strict=True):

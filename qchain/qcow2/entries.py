@@ -95,11 +95,11 @@ def allocated_extended(raw: U64) -> Bools:
 
 def zero_standard(raw: U64) -> Bools | None:
     """Which big-endian entries are zero clusters, shape (n,); None if none is."""
-    zero = (raw & _ZERO_BE) != 0
-    if not zero.any():
+    # Most images have none: one pass without a result array tells.
+    if not len(raw) or not np.bitwise_or.reduce(raw) & _ZERO_BE:
         return None
-    out: Bools = zero & ((raw & _COMPRESSED_BE) == 0)
-    return out
+    out: Bools = (raw & (_ZERO_BE | _COMPRESSED_BE)) == _ZERO_BE
+    return out if out.any() else None
 
 
 def zero_extended(raw: U64) -> Bools | None:

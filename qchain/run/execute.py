@@ -7,6 +7,7 @@ When the process is killed, the journal lets `qchain.run.recover` go on.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,26 @@ def run_group(
         run.close()
 
 
+def _unchanged(layers: Sequence[Layer]) -> None:
+    """Raise `Refused` when a file is not as it was when the chain was opened.
+
+    Between plan and merge a person may think for an hour, and a guest run.
+    """
+    for layer in layers:
+        try:
+            status = layer.path.stat()
+        except OSError:
+            status = None
+        known = os.fstat(layer.file.fd)
+        if (
+            status is None
+            or (status.st_dev, status.st_ino) != (known.st_dev, known.st_ino)
+            or (status.st_mtime_ns, status.st_size) != (layer.file.mtime_ns, known.st_size)
+            or (not layer.file.is_block_device and known.st_size != layer.file.size)
+        ):
+            raise Refused(layer.path, "has changed since it was planned", "plan again")
+
+
 def execute(
     plan: Plan,
     chain: Chain,
@@ -105,6 +126,7 @@ def execute(
     if plan.groups:
         merged = [layers[index] for group in plan.groups for index in group.group.members]
         with sole(layers[0].path), ChainLocks(layers, merged) as locks:
+            _unchanged(layers)
             journal = Journal.begin(plan)
             for number, (group, record) in enumerate(zip(plan.groups, journal.groups, strict=True)):
                 held = layers[group.group.kept :]

@@ -17,7 +17,7 @@ from qchain.chain.gate import Gate
 from qchain.chain.layer import Layer
 from qchain.errors import FailedMidway, ImageError, Refused
 from qchain.hostfile import FileId, HostFile
-from qchain.plan.steps import Command, Compare, Freeze
+from qchain.plan.steps import Command, Compare, Confirm, Freeze
 from qchain.run.execute import Silent, run_group
 from qchain.run.group import GroupRun, Observer
 from qchain.run.journal import GroupRecord, Journal, find_journals, read_journal
@@ -81,7 +81,7 @@ def recover(
 def _one(journal: Journal, back: bool, qemu: QemuImg, observer: Observer) -> str:
     for number in range(journal.group, len(journal.groups)):
         record = journal.groups[number]
-        first = journal.step if number == journal.group else 0
+        first = _where_to_begin(record, journal.step) if number == journal.group else 0
         layers = _open(record, first)
         try:
             with ChainLocks(layers, layers[: record.below]) as locks:
@@ -96,6 +96,14 @@ def _one(journal: Journal, back: bool, qemu: QemuImg, observer: Observer) -> str
                 layer.file.close()
     journal.remove()
     return "finished"
+
+
+def _where_to_begin(record: GroupRecord, step: int) -> int:
+    """The step to repeat: for a look at a header, the command that was to write it."""
+    if isinstance(record.steps[step], Confirm):
+        while not isinstance(record.steps[step], Command):
+            step -= 1
+    return step
 
 
 def _back(run: GroupRun, journal: Journal, first: int) -> str:

@@ -119,14 +119,13 @@ class L2Walk:
             copied = (entries[used] >> np.uint64(63)) == 1
             self.judge_copied(first, copied, places[used], tally, single)
         if compressed.any():
-            self._compressed(entries, compressed, bitmaps, places, weight, tally)
+            self._compressed(entries, compressed, bitmaps, weight, tally)
 
     def _compressed(
         self,
         entries: U64,
         compressed: Bools,
         bitmaps: U64 | None,
-        places: I64,
         weight: int,
         tally: Tally,
     ) -> None:
@@ -134,8 +133,6 @@ class L2Walk:
             compressed = compressed & (bitmaps == 0)
         start, length = self._location(entries[compressed])
         outside = start + length - self.extent.file_size >= self.size
-        if self.judging:
-            self._note("l2-outside", outside, places[compressed])
         start, length = start[~outside], length[~outside]
         first, last = start >> self.bits, (start + length - 1) >> self.bits
         self._touch(first)
@@ -180,6 +177,12 @@ class L2Walk:
         standard = ~compressed
         copied = (entries >> np.uint64(63)) == 1
         zero = standard & ((entries & np.uint64(ZERO)) != 0)
+        outside = standard & (offsets >= self.extent.file_size)
+        if compressed.any():
+            start, length = self._location(entries)
+            # With a bitmap it is not counted at all.
+            counted = compressed if bitmaps is None else compressed & (bitmaps == 0)
+            outside |= counted & (start + length - self.extent.file_size >= self.size)
         problems = {
             "l2-reserved": standard & ((entries & np.uint64(_RESERVED)) != 0),
             "l2-unaligned": standard & (offsets & (self.size - 1) != 0),
@@ -188,13 +191,8 @@ class L2Walk:
         if header.has_data_file:
             problems["compressed-data-file"] = compressed
         else:
-            problems["l2-outside"] = standard & (offsets >= self.extent.file_size)
-        bad = np.logical_or.reduce(list(problems.values()))
-        if bad.any():
-            spoilt = self._implausible(places, entries, bad)
-            problems = {kind: mask & ~spoilt for kind, mask in problems.items()}
+            problems["l2-outside"] = outside
         if bitmaps is not None:
-            problems["zero-flag-extended"] = zero
             allocated, zeroes = bitmaps & _LOW, bitmaps >> np.uint64(32)
             # In a data file offset 0 is valid, where COPIED is set.
             host = standard & ((offsets != 0) | (copied & header.has_data_file))
@@ -202,6 +200,12 @@ class L2Walk:
             problems["subcluster-without-cluster"] = standard & ~host & (allocated != 0)
             if not header.has_data_file:
                 problems["compressed-bitmap"] = compressed & (bitmaps != 0)
+        bad = np.logical_or.reduce(list(problems.values()))
+        if bad.any():
+            whole = ~self._implausible(places, entries, bad)
+            problems = {kind: mask & whole for kind, mask in problems.items()}
+        if bitmaps is not None:
+            problems["zero-flag-extended"] = zero
         elif header.version < 3:
             problems["zero-flag-v2"] = zero
         for kind, mask in problems.items():

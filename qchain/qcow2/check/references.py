@@ -6,13 +6,14 @@ that of qemu's `calculate_refcounts`, so that the number of leaks agrees with it
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from qchain.errors import ImageError
 from qchain.hostfile import HostFile
-from qchain.qcow2.bitmaps import read_bitmaps
+from qchain.qcow2.bitmaps import Bitmap, read_bitmaps
 from qchain.qcow2.check.findings import Collector
 from qchain.qcow2.check.overlay import I64, overlay
 from qchain.qcow2.check.snapshots import snapshot_l1_tables
@@ -242,15 +243,8 @@ class _Finder:
                 "bitmap-directory", where.directory_offset, where.directory_size, error.why
             )
             return
-        for each in bitmaps:
-            # qemu's load_bitmap_data: exactly the bits of the disk, in whole 64-bit words.
-            bits = -(-self.header.size // each.granularity)
-            needed = -(-(-(-bits // 64) * 8) // self.size)
-            if not each.in_use and each.table_size != needed:
-                why = f"{each.name!r} has a table of {each.table_size} entries, not {needed}"
-                self.found.add(
-                    "bitmap-directory", where.directory_offset, where.directory_size, why
-                )
+        for why in _odd_bitmaps(bitmaps, self.header):
+            self.found.add("bitmap-directory", where.directory_offset, where.directory_size, why)
         tables = [(each.table_offset, each.table_size * 8) for each in bitmaps]
         self._ranges("bitmap table", tables, Use.BITMAP_TABLE)
         spans = [(start, min(start + length, self.file.size)) for start, length in tables]
@@ -294,6 +288,20 @@ class _Finder:
         good = offsets[used & ~reserved & ~unaligned & ~beyond].astype(np.int64)
         self._spans(good, np.ones(len(good), np.int64), Use.REFCOUNT_BLOCK)
         self.out.blocks = good >> self.bits
+
+
+def _odd_bitmaps(bitmaps: list[Bitmap], header: Header) -> Iterator[str]:
+    """What qemu's `qcow2_load_dirty_bitmaps` does not take."""
+    names: set[str] = set()
+    for each in bitmaps:
+        # Exactly the bits of the disk, in whole 64-bit words.
+        bits = -(-header.size // each.granularity)
+        needed = -(-(-(-bits // 64) * 8) // header.cluster_size)
+        if not each.in_use and each.table_size != needed:
+            yield f"{each.name!r} has a table of {each.table_size} entries, not {needed}"
+        if each.name in names:
+            yield f"{each.name!r} is the name of two"
+        names.add(each.name)
 
 
 def _merged(offsets: I64, ways: I64) -> tuple[I64, I64]:
