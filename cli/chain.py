@@ -27,7 +27,7 @@ def chain(
     from qchain.chain.ownership import ownership
     from qchain.forensics.staleness import staleness
 
-    from .opening import open_for
+    from .opening import missing_field, open_for
 
     with open_for(image, common) as opened:
         with common.reporter() as reporter:
@@ -36,7 +36,8 @@ def chain(
         warnings = staleness(opened.layers)
         if common.json:
             layers = [_as_json(*pair) for pair in zip(opened.layers, owned, strict=True)]
-            write_json({"virtual_size": opened.size, "layers": layers, "warnings": warnings})
+            fields = {"virtual_size": opened.size, "layers": layers, "warnings": warnings}
+            write_json(fields | missing_field(opened))
         else:
             _show(opened, owned)
             for text in warnings:
@@ -82,6 +83,8 @@ def _show(opened: Chain, owned: list[Ownership]) -> None:
         )
         for index, (layer, amount) in enumerate(zip(layers, owned, strict=True))
     ]
+    if opened.missing is not None:
+        rows.append((len(rows), opened.missing.name, "missing", "-", "-", "-", "-", "-"))
     heads = ("#>", "image", "format", "virtual>", "on disk>", "allocated>", "owned>", "shadowed>")
     console().print(table(heads, rows))
     write("\n" + draw(owned_by_region(layers, REGIONS), opened.size))

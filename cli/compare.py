@@ -10,7 +10,7 @@ import typer
 
 from qchain.errors import ExitCode
 
-from .options import Common, command
+from .options import Point, command
 from .output import note, write, write_json
 
 if TYPE_CHECKING:
@@ -23,11 +23,19 @@ __all__ = ["compare"]
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="One image.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="The other one.")],
-    common: Common,
+    common: Point,
     format_b: Annotated[
         str | None,
         typer.Option(
             "--format-b", "-F", metavar="FMT", help="Format of B (--format is that of A)."
+        ),
+    ] = None,
+    snapshot_b: Annotated[
+        str | None,
+        typer.Option(
+            "--snapshot-b",
+            metavar="NAME",
+            help="This internal snapshot of B (--snapshot is that of A).",
         ),
     ] = None,
     list_: Annotated[
@@ -38,18 +46,20 @@ def compare(
     from qchain.verify.compare import MAX_RANGES
     from qchain.verify.compare import compare as compare_points
 
-    from .opening import open_for
+    from .opening import missing_field, open_for
 
-    second = replace(common, format=format_b)
+    gate = common.gate()
+    second = replace(common, format=format_b, snapshot=snapshot_b)
     with (
-        open_for(a, common) as left,
-        open_for(b, second) as right,
+        open_for(a, common, gate) as left,
+        open_for(b, second, gate) as right,
         common.reporter() as reporter,
     ):
         reporter.step("comparing", max(left.size, right.size))
         found = compare_points(left.layers, right.layers, progress=reporter.advance)
     if common.json:
-        write_json(_as_json(found, list_))
+        missing = missing_field(left) | missing_field(right, "missing_b")
+        write_json(_as_json(found, list_) | missing)
     else:
         write(_text(found, list_))
     if list_ and len(found.ranges) >= MAX_RANGES:

@@ -10,7 +10,7 @@ import typer
 
 from qchain.errors import ExitCode, printable
 
-from .options import Common, command
+from .options import Point, command
 from .output import absolute, note, write, write_json
 
 if TYPE_CHECKING:
@@ -25,11 +25,19 @@ __all__ = ["diff"]
 def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="One image, the older one.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="The other one.")],
-    common: Common,
+    common: Point,
     format_b: Annotated[
         str | None,
         typer.Option(
             "--format-b", "-F", metavar="FMT", help="Format of B (--format is that of A)."
+        ),
+    ] = None,
+    snapshot_b: Annotated[
+        str | None,
+        typer.Option(
+            "--snapshot-b",
+            metavar="NAME",
+            help="This internal snapshot of B (--snapshot is that of A).",
         ),
     ] = None,
     files: Annotated[
@@ -41,12 +49,13 @@ def diff(
     from qchain.forensics.files import changed_files
     from qchain.verify.compare import MAX_RANGES
 
-    from .opening import open_for
+    from .opening import missing_field, open_for
 
     report = None
+    gate = common.gate()
     with (
-        open_for(a, common) as left,
-        open_for(b, replace(common, format=format_b)) as right,
+        open_for(a, common, gate) as left,
+        open_for(b, replace(common, format=format_b, snapshot=snapshot_b), gate) as right,
         common.reporter() as reporter,
     ):
         reporter.step("comparing", max(left.size, right.size))
@@ -57,7 +66,8 @@ def diff(
             reporter.step("naming files", 0)
             report = changed_files(left.layers, right.layers, ranges, complete)
         if common.json:
-            write_json(_as_json(found, left, right, report))
+            missing = missing_field(left) | missing_field(right, "missing_b")
+            write_json(_as_json(found, left, right, report) | missing)
         else:
             write(_text(found, left, right, report))
     if not complete:

@@ -12,7 +12,7 @@ import typer
 
 from qchain.errors import QchainError, UsageError
 
-from .options import Common, command
+from .options import Point, command
 from .output import OutputClosed, absolute, write, write_json
 
 __all__ = ["extract", "parse_size"]
@@ -23,7 +23,7 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 @command
 def extract(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The image.")],
-    common: Common,
+    common: Point,
     output: Annotated[
         str, typer.Option("--output", "-o", metavar="FILE", help="A new file, or - for stdout.")
     ],
@@ -37,7 +37,7 @@ def extract(
     """Write the raw content, or a range of it; sparse where it is zero."""
     from qchain.forensics.extract import extract_to_file, extract_to_stream
 
-    from .opening import open_for
+    from .opening import missing_field, open_for
 
     start, length = (0, None) if range_ is None else _parse_range(range_)
     if output == "-" and common.json:
@@ -58,7 +58,8 @@ def extract(
                 raise QchainError("output", why, "") from None
             return
     if common.json:
-        write_json({"output": absolute(Path(output)), "start": start, "length": count})
+        fields = {"output": absolute(Path(output)), "start": start, "length": count}
+        write_json(fields | missing_field(opened))
     else:
         write(f"{count} bytes extracted\n")
 

@@ -9,7 +9,7 @@ import typer
 
 from qchain.errors import printable
 
-from .options import Common, command
+from .options import Point, command
 from .output import write, write_json
 
 __all__ = ["hash_"]
@@ -18,7 +18,7 @@ __all__ = ["hash_"]
 @command
 def hash_(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The image.")],
-    common: Common,
+    common: Point,
     algorithm: Annotated[
         str, typer.Option("--algorithm", "-a", metavar="NAME", help="As hashlib names it.")
     ] = "sha256",
@@ -26,7 +26,7 @@ def hash_(
     """Digest of the raw content, equal to that of 'qemu-img convert -O raw'."""
     from qchain.chain.digest import digest
 
-    from .opening import open_for
+    from .opening import missing_field, open_for
 
     with open_for(image, common) as opened:
         with common.reporter() as reporter:
@@ -34,6 +34,7 @@ def hash_(
             found = digest(opened.layers, algorithm, reporter.advance)
         size = opened.size
     if common.json:
-        write_json({"algorithm": algorithm, "digest": found, "virtual_size": size})
+        fields = {"algorithm": algorithm, "digest": found, "virtual_size": size}
+        write_json(fields | missing_field(opened))
     else:
         write(f"{found}  {printable(image)}\n")

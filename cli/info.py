@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qchain.errors import ImageError, Unsupported
+from qchain.errors import ImageError, Unsupported, UsageError
 
 from .options import Common, command
 from .output import absolute, write, write_json
@@ -45,12 +45,17 @@ class _Description:
 
 @command
 def info(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The image.")], common: Common
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The image.")],
+    common: Common,
+    bitmap: Annotated[
+        str | None,
+        typer.Option("--bitmap", metavar="NAME", help="Also list the dirty ranges of this one."),
+    ] = None,
 ) -> None:
     """Describe one image: format, sizes, features, snapshots, bitmaps, clusters."""
     found = _Description(_nothing(image))
     try:
-        _describe(image, common, found)
+        _describe(image, common, bitmap, found)
     except ImageError as error:
         found.readable = False
         found.failed(error)
@@ -77,6 +82,7 @@ def _nothing(image: Path) -> dict[str, Any]:
         "backing": None,
         "features": {"incompatible": [], "compatible": [], "autoclear": []},
         "encryption": None,
+        "luks": None,
         "data_file": None,
         "compression": None,
         "extended_l2": False,
@@ -87,7 +93,7 @@ def _nothing(image: Path) -> dict[str, Any]:
     }
 
 
-def _describe(image: Path, common: Common, found: _Description) -> None:
+def _describe(image: Path, common: Common, bitmap: str | None, found: _Description) -> None:
     from qchain.chain.chain import named_format
     from qchain.qcow2.foreign import foreign_format
 
@@ -104,14 +110,17 @@ def _describe(image: Path, common: Common, found: _Description) -> None:
             raise
         found.fields["format"] = fmt
         if fmt == "raw":
+            if bitmap is not None:
+                raise UsageError("--bitmap", "a raw image has no bitmaps", "leave it out")
             found.fields["virtual_size"] = -(-file.size // 512) * 512
             found.readable = True
         else:
-            _describe_qcow2(image, file, common, found)
+            _describe_qcow2(image, file, common, bitmap, found)
 
 
-def _describe_qcow2(image: Path, file: HostFile, common: Common, found: _Description) -> None:
-    from qchain.qcow2.bitmaps import read_bitmaps
+def _describe_qcow2(
+    image: Path, file: HostFile, common: Common, bitmap: str | None, found: _Description
+) -> None:
     from qchain.qcow2.header import read_header
     from qchain.qcow2.snapshots import read_snapshots
 
@@ -125,18 +134,48 @@ def _describe_qcow2(image: Path, file: HostFile, common: Common, found: _Descrip
     except ImageError as error:
         found.failed(error)
     try:
-        found.fields["bitmaps"] = [
-            {"name": entry.name, "granularity": entry.granularity, "flags": list(entry.flags)}
-            for entry in read_bitmaps(file, header)
-        ]
+        _describe_bitmaps(file, header, bitmap, found)
     except ImageError as error:
         found.failed(error)
+    if header.encryption == "luks":
+        try:
+            _describe_luks(file, header, found)
+        except ImageError as error:
+            found.failed(error)
     header.require_readable(image)
     try:
         _count(image, file, header, common, found)
     except ImageError:
         found.readable = False
         raise
+
+
+def _describe_bitmaps(
+    file: HostFile, header: Header, wanted: str | None, found: _Description
+) -> None:
+    from qchain.qcow2.bitmaps import dirty_ranges, read_bitmaps
+
+    every = read_bitmaps(file, header)
+    found.fields["bitmaps"] = [
+        {"name": entry.name, "granularity": entry.granularity, "flags": list(entry.flags)}
+        for entry in every
+    ]
+    if wanted is None:
+        return
+    entry = next((each for each in every if each.name == wanted), None)
+    if entry is None:
+        known = ", ".join(each.name for each in every[:8]) or "none"
+        raise ImageError(file.path, f"has no bitmap {wanted!r}; it has: {known}", "")
+    found.fields["dirty"] = [
+        {"start": start, "length": length} for start, length in dirty_ranges(file, header, entry)
+    ]
+
+
+def _describe_luks(file: HostFile, header: Header, found: _Description) -> None:
+    from qchain.qcow2.luks import read_luks_header
+
+    luks = read_luks_header(file, header)
+    found.fields["luks"] = None if luks is None else luks.as_json()
 
 
 def _count(
@@ -186,7 +225,7 @@ def _text(image: Path, found: dict[str, Any]) -> str:
         fmt = found["backing"]["format"] or "format not recorded"
         rows.append(("backing file", f"{found['backing']['name']} ({fmt})"))
     rows.append(("data file", found["data_file"] or ""))
-    rows.append(("encryption", found["encryption"] or ""))
+    rows.append(("encryption", _encryption_text(found)))
     for kind, names in found["features"].items():
         rows.append((f"{kind} features", ", ".join(names)))
     rows += _entry_rows(found)
@@ -206,6 +245,14 @@ def _format_text(found: dict[str, Any]) -> str:
         f"{found['refcount_bits']}-bit refcounts",
     ]
     return ", ".join([*parts, "extended L2"] if found["extended_l2"] else parts)
+
+
+def _encryption_text(found: dict[str, Any]) -> str:
+    luks = found["luks"]
+    if luks is None:
+        return found["encryption"] or ""
+    slots = ", ".join(str(each["slot"]) for each in luks["key_slots"])
+    return f"LUKS version {luks['version']}, {luks['cipher']}, {luks['mode']}, key slots: {slots}"
 
 
 def _size_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -240,6 +287,8 @@ def _entry_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     for entry in found["bitmaps"]:
         flags = "".join(f", {flag}" for flag in entry["flags"])
         rows.append(("bitmaps", f"{entry['name']}, one bit for {entry['granularity']}{flags}"))
+    for each in found.get("dirty", ()):
+        rows.append(("dirty", f"{each['length']:,} bytes from {each['start']}"))
     return rows
 
 

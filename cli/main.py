@@ -30,9 +30,7 @@ _parsing = importlib.import_module(typer.BadParameter.__module__)
 _CLOSED = 141
 """As a shell reports a process that SIGPIPE ended."""
 
-_LATER = (
-    *("check", "apply", "commit", "pull", "copy", "rebase", "snapshot", "domain", "fleet", "lab"),
-)
+_LATER = ("apply", "commit", "pull", "copy", "rebase", "snapshot", "domain", "fleet", "lab")
 
 _COMMANDS = {
     "info": "info",
@@ -40,6 +38,7 @@ _COMMANDS = {
     "map": "map.map_",
     "compare": "compare",
     "hash": "hash.hash_",
+    "check": "check",
     "tree": "tree",
     "diff": "diff",
     "extract": "extract",

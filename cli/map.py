@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Common, command
+from .options import Common, Point, command
 from .output import write
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ __all__ = ["map_"]
 @command
 def map_(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The image.")],
-    common: Common,
+    common: Point,
     layer: Annotated[
         bool,
         typer.Option("--layer", help="This image alone; its backing file is not opened."),
@@ -41,7 +41,7 @@ def map_(
         _write_map(opened.layers, common)
 
 
-def _layer_map(image: Path, common: Common) -> None:
+def _layer_map(image: Path, common: Point) -> None:
     from qchain.chain.chain import named_format, open_layer
 
     from .opening import refuse_writer
@@ -50,7 +50,8 @@ def _layer_map(image: Path, common: Common) -> None:
     with gate.open_named(image) as file:
         if not common.force_share:
             refuse_writer(image, file)
-        found = open_layer(image, file, named_format(file, common.format), gate, image)
+        fmt = named_format(file, common.format)
+        found = open_layer(image, file, fmt, gate, image, common.snapshot)
         try:
             _write_map([found], common)
         finally:

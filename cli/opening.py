@@ -6,15 +6,19 @@ from typing import TYPE_CHECKING
 
 from qchain.errors import Refused
 
+from .options import Point
+from .output import absolute, note
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from qchain.chain.chain import Chain
+    from qchain.chain.gate import Gate
     from qchain.hostfile import HostFile
 
     from .options import Common
 
-__all__ = ["open_for", "refuse_writer"]
+__all__ = ["missing_field", "open_for", "refuse_writer"]
 
 
 def refuse_writer(path: Path, file: HostFile) -> None:
@@ -30,15 +34,21 @@ def refuse_writer(path: Path, file: HostFile) -> None:
         )
 
 
-def open_for(path: Path, common: Common) -> Chain:
-    """The chain of `path`, active first.
+def open_for(path: Path, common: Common, gate: Gate | None = None) -> Chain:
+    """The chain of `path`, active first; of its internal snapshot, where the options name one.
+
+    A backing file that is missing and taken for zeroes is told on stderr.
+
+    Args:
+        gate: what `common.gate()` gave, where that was called before (it may read a pipe).
 
     Raises: what `qchain.chain.chain.open_chain` raises; `Refused` when an image of the
         chain is in use by a writer and the options do not allow that.
     """
     from qchain.chain.chain import open_chain
 
-    chain = open_chain(path, common.gate(), common.format)
+    snapshot = common.snapshot if isinstance(common, Point) else None
+    chain = open_chain(path, gate or common.gate(), common.format, snapshot)
     try:
         if not common.force_share:
             for layer in chain.layers:
@@ -48,4 +58,11 @@ def open_for(path: Path, common: Common) -> Chain:
     except BaseException:
         chain.close()
         raise
+    if chain.missing is not None:
+        note(f"{chain.missing}: missing, taken for zeroes (--missing zero)")
     return chain
+
+
+def missing_field(chain: Chain, name: str = "missing") -> dict[str, str]:
+    """For JSON documents: the backing file that is missing and taken for zeroes, if any."""
+    return {} if chain.missing is None else {name: absolute(chain.missing)}

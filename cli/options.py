@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
     from .progress import Reporter
 
-__all__ = ["Common", "Interrupted", "Merging", "command"]
+__all__ = ["Common", "Interrupted", "Merging", "Point", "command"]
 
 LATER = "comes with a later version"
+_MAX_SECRET = 1 << 20
 
 
 class Interrupted(BaseException):
@@ -74,44 +75,90 @@ class Common:
             help="auto (a bar, on a terminal), json (events on stderr) or none.",
         ),
     ] = "auto"
-    search: Annotated[list[Path] | None, typer.Option("--search", metavar="DIR", hidden=True)] = (
-        None
-    )
-    snapshot: Annotated[str | None, typer.Option("--snapshot", metavar="NAME", hidden=True)] = None
+    search: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--search",
+            metavar="DIR",
+            help="Look for missing backing files here, by their file name (repeatable).",
+        ),
+    ] = None
+    missing: Annotated[
+        str | None,
+        typer.Option("--missing", metavar="zero", help="A backing file that is nowhere is zeroes."),
+    ] = None
     secret_file: Annotated[
-        Path | None, typer.Option("--secret-file", metavar="FILE", hidden=True)
+        Path | None,
+        typer.Option(
+            "--secret-file",
+            metavar="FILE",
+            help="The passphrase of LUKS images: all of FILE, a newline at its end too.",
+        ),
     ] = None
 
     def check(self) -> None:
-        """Raises `Refused` for what this version lacks, `UsageError` for impossible values."""
-        for option, value in (
-            ("--search", self.search),
-            ("--snapshot", self.snapshot),
-            ("--secret-file", self.secret_file),
+        """Raises `UsageError` for impossible values."""
+        for option, value, possible in (
+            ("--assume-format", self.assume_format, (None, "qcow2", "raw")),
+            ("--missing", self.missing, (None, "zero")),
+            ("--progress", self.progress, ("auto", "json", "none")),
         ):
-            # An empty name is a request too.
-            if value is not None and value != []:
-                raise Refused(option, LATER, "leave it out")
-        if self.assume_format not in (None, "qcow2", "raw"):
-            why = f"{self.assume_format!r} is not possible"
-            raise UsageError("--assume-format", why, "one of: qcow2, raw")
-        if self.progress not in ("auto", "json", "none"):
-            why = f"{self.progress!r} is not possible"
-            raise UsageError("--progress", why, "one of: auto, json, none")
+            if value not in possible:
+                one_of = ", ".join(each for each in possible if each is not None)
+                raise UsageError(option, f"{value!r} is not possible", f"one of: {one_of}")
+        for directory in self.search or ():
+            if not directory.is_dir():
+                raise UsageError(directory, "is no directory", "give --search a directory")
 
     def gate(self) -> Gate:
-        """The open gate that these options describe."""
+        """The open gate that these options describe. Reads the secret, which may be a pipe.
+
+        Raises: `UsageError` when the secret cannot be read.
+        """
         from qchain.chain.gate import Gate
 
         named = [Path(name) for name in os.environ.get("QCHAIN_ALLOW", "").split(":") if name]
-        allowed = (*(self.allow or ()), *named)
-        return Gate(allow=allowed, follow=self.follow, assume_format=self.assume_format)
+        return Gate(
+            allow=(*(self.allow or ()), *named),
+            follow=self.follow,
+            search=tuple(self.search or ()),
+            missing_zero=self.missing == "zero",
+            assume_format=self.assume_format,
+            secret=None if self.secret_file is None else _secret(self.secret_file),
+        )
 
     def reporter(self) -> Reporter:
         """Where progress goes; a context manager."""
         from .progress import Reporter
 
         return Reporter(self.progress)
+
+
+def _secret(path: Path) -> bytes:
+    """The whole file, as qemu takes it. Raises `UsageError` when it is none."""
+    try:
+        with path.open("rb") as file:
+            secret = file.read(_MAX_SECRET + 1)
+    except (OSError, ValueError) as error:
+        why = (getattr(error, "strerror", None) or str(error)).lower()
+        raise UsageError(path, why, "give --secret-file a file that can be read") from None
+    if len(secret) > _MAX_SECRET:
+        raise UsageError(path, f"is longer than {_MAX_SECRET} bytes", "name the right file")
+    return secret
+
+
+@dataclass(frozen=True)
+class Point(Common):
+    """The options of commands that read one point, which may be an internal snapshot."""
+
+    snapshot: Annotated[
+        str | None,
+        typer.Option(
+            "--snapshot",
+            metavar="NAME",
+            help="This internal snapshot (name or id) instead of the live content.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -165,9 +212,38 @@ class Merging:
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Save the plan as JSON.")
     ] = None
+    # Known, to be refused in words.
+    snapshot: Annotated[str | None, typer.Option("--snapshot", metavar="NAME", hidden=True)] = None
+
+    def refuse(self, common: Common) -> None:
+        """Raises `Refused` for options that only reading has."""
+        for option, given, why, todo in (
+            ("--snapshot", self.snapshot, "an internal snapshot cannot be merged", "leave it out"),
+            (
+                "--secret-file",
+                common.secret_file,
+                "encrypted images cannot be merged",
+                "decrypt them with 'qemu-img convert'",
+            ),
+            (
+                "--missing",
+                common.missing,
+                "what is missing cannot be merged",
+                "find it, or record another backing file with 'qemu-img rebase -u'",
+            ),
+            (
+                "--search",
+                common.search or None,
+                "a merge needs every image where its overlay says it is",
+                "record its place with 'qemu-img rebase -u'",
+            ),
+        ):
+            # An empty name is a request too.
+            if given is not None:
+                raise Refused(option, why, todo)
 
 
-_GROUPS = (Common, Merging)
+_GROUPS = (Common, Point, Merging)
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:

@@ -35,7 +35,7 @@ def opened_and_planned(
     """Open the chain and plan the merge of it; the chain is closed on leaving.
 
     Raises: `Refused` (several active images, in use, a backing format that is not
-        recorded), `UsageError`, other `ImageError`s.
+        recorded, options of reading), `UsageError`, other `ImageError`s.
     """
     from qchain.chain.chain import FormatNotRecorded
     from qchain.plan.options import MergeOptions
@@ -44,6 +44,7 @@ def opened_and_planned(
 
     from .opening import open_for
 
+    merging.refuse(common)
     request = Request(
         drop=tuple(merging.drop or ()),
         keep=tuple(merging.keep or ()),

@@ -32,7 +32,7 @@ def report(
     from qchain.forensics.page import page
     from qchain.forensics.report import collect
 
-    from .opening import open_for
+    from .opening import missing_field, open_for
 
     with open_for(image, common) as opened, common.reporter() as reporter:
         reporter.step("reading", opened.size)
@@ -50,6 +50,7 @@ def report(
                 "warnings": found.warnings,
                 "digest": found.digest,
             }
+            | missing_field(opened)
         )
     else:
         write(f"report on {len(found.layers)} images in {printable(output)}\n")

@@ -56,7 +56,7 @@ def verify(
     """Hold a chain against its seal (exit 0: intact, 1: changed)."""
     from qchain.forensics.seal import check_seal, read_seal
 
-    from .opening import open_for
+    from .opening import missing_field, open_for
 
     sealed = read_seal(seal)
     with open_for(image, common) as opened, common.reporter() as reporter:
@@ -71,6 +71,7 @@ def verify(
                 "changes": found.changes,
                 "notes": found.notes,
             }
+            | missing_field(opened)
         )
     else:
         state = "intact" if found.intact else "changed"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -70,8 +70,20 @@ Pair = tuple[Path, str, list[Path]]
 """A point: its image, the format, and the files of its chain, active first."""
 
 
-def assert_compares(a: Pair, b: Pair, point_a: bytes, point_b: bytes) -> Comparison:
-    """Both ways round, with and without skipping; what is skipped is exactly what may be."""
+def stays_put(specs: Iterable[LayerSpec]) -> bool:
+    """Whether the holes of the raw files are the same at every look.
+
+    A zero write into a raw file allocates without writing: to SEEK_DATA that is a hole
+    until somebody reads it, and data while the page cache holds it.
+    """
+    raw = [spec for spec in specs if spec.format == "raw"]
+    return not any(run.kind == "0" for spec in raw for one in spec.passes for run in one)
+
+
+def assert_compares(
+    a: Pair, b: Pair, point_a: bytes, point_b: bytes, exact: bool = True
+) -> Comparison:
+    """Both ways round, with and without skipping; `exact`: what may be skipped is skipped."""
     sectors = max(len(point_a), len(point_b)) // 512
     at_a, at_b = places(*a, sectors), places(*b, sectors)
     zero = sum(x is None and y is None for x, y in zip(at_a, at_b, strict=True)) * 512
@@ -79,11 +91,13 @@ def assert_compares(a: Pair, b: Pair, point_a: bytes, point_b: bytes) -> Compari
     with open_chain(a[0], fmt=a[1]) as left, open_chain(b[0], fmt=b[1]) as right:
         found = compare(left.layers, right.layers)
         assert_outcome(found, point_a, point_b)
-        assert found.skipped_bytes == zero + same
-        assert compare(right.layers, left.layers) == found
+        turned = compare(right.layers, left.layers)
+        assert_outcome(turned, point_a, point_b)
         all_read = compare(left.layers, right.layers, everything=True)
         assert_outcome(all_read, point_a, point_b)
-        assert all_read.skipped_bytes == zero
+        if exact:
+            assert found.skipped_bytes == turned.skipped_bytes == zero + same
+            assert all_read.skipped_bytes == zero
         early = compare(left.layers, right.layers, stop_early=True)
         assert early.first_difference == found.first_difference
     return found
@@ -105,7 +119,7 @@ def test_points_of_one_chain(specs: list[LayerSpec], data: st.DataObject) -> Non
             both_ways(built.paths, built.formats, low),
             both_ways(built.paths, built.formats, high),
         )
-        found = assert_compares(a, b, points[low], points[high])
+        found = assert_compares(a, b, points[low], points[high], stays_put(specs))
         event(f"identical: {found.identical}")
         assert found.identical or low != high
 
@@ -125,7 +139,7 @@ def test_two_overlays_of_a_base(base: list[LayerSpec], data: st.DataObject) -> N
         points = shadow_tree(tree)
         below = [built.paths[name] for name in reversed(list(tree)[:-2])]
         one, two = ((built.paths[n], "qcow2", [built.paths[n], *below]) for n in ("one", "two"))
-        assert_compares(one, two, points["one"], points["two"])
+        assert_compares(one, two, points["one"], points["two"], stays_put(base))
 
 
 @SLOW
@@ -137,7 +151,8 @@ def test_unrelated_chains(specs: list[LayerSpec], other: list[LayerSpec]) -> Non
             built = build_chain(Path(directory) / name, layers)
             pairs.append(both_ways(built.paths, built.formats, len(layers) - 1))
         point_a, point_b = shadow_points(specs)[-1], shadow_points(other)[-1]
-        found = assert_compares(pairs[0], pairs[1], point_a, point_b)
+        exact = stays_put([*specs, *other])
+        found = assert_compares(pairs[0], pairs[1], point_a, point_b, exact)
         assert qemu_compare(pairs[0][0], pairs[1][0]) == found.identical
 
 

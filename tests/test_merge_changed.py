@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def test_an_image_replaced_after_planning(tmp_path: Path) -> None:
     disk = build(tmp_path, LINES)
     with open_chain(disk.active) as chain:
         plan = make_plan(chain, Request(drop=("l1.qcow2",)))
-        os.rename(disk.paths[1], tmp_path / "away")
+        disk.paths[1].rename(tmp_path / "away")
         subprocess.run(["cp", "-a", tmp_path / "away", disk.paths[1]], check=True)
         with pytest.raises(Refused, match="changed since"):
             execute(plan, chain)
@@ -57,4 +56,4 @@ def test_a_backing_file_that_was_searched_for(tmp_path: Path) -> None:
     disk.paths[0].rename(away / "base.qcow2")
     with open_chain(disk.active, Gate(search=(away,))) as chain:
         plan = make_plan(chain, Request(drop=("l1.qcow2",)))
-    assert any("not where its name says" in line for line in plan.refusals)
+    assert any("is not where it says" in line for line in plan.refusals)

@@ -125,6 +125,7 @@ def resolve(layers: Sequence[Layer], start: int, end: int) -> tuple[npt.NDArray[
     depth = np.full(1, len(layers) - 1, np.int32)
     out = Cells(unit, np.zeros(1, np.uint8), np.full(1, NO_HOST, np.uint64))
     pending = np.ones(1, bool)
+    above: Cells | None = None
     for index, layer in enumerate(layers):
         if layer.size < end and index > 0:
             past = max(layer.size, start)
@@ -136,6 +137,11 @@ def resolve(layers: Sequence[Layer], start: int, end: int) -> tuple[npt.NDArray[
             depth[hidden] = index
             out.kind[hidden] = Kind.PAST_END
             out.host[hidden] = NO_HOST
+            if above is not None:
+                # qemu says that the layer above decides, with the host offset of its
+                # unallocated subclusters.
+                host = above.refine(out.unit).host[: len(hidden)]
+                np.copyto(out.host[: len(host)], host, where=hidden[: len(host)])
             pending &= ~hidden
         cells = layer.cells(start, min(end, max(layer.size, start)))
         if cells is not None:
@@ -154,6 +160,7 @@ def resolve(layers: Sequence[Layer], start: int, end: int) -> tuple[npt.NDArray[
             np.copyto(out.kind[:count], kind, where=takes)
             np.copyto(out.host[:count], host, where=takes)
             pending[:count] &= ~takes
+        above = cells
         if layer.terminal or not pending.any():
             break
     return depth, out

@@ -72,20 +72,11 @@ def _name_refusals(layers: Sequence[Layer], index: int) -> list[str]:
     if layer.backing is None:
         return []
     named = resolve_backing(layer.backing.name, layer.backing.format, layer.path)
+    name = f"{layer.path}: its backing name {layer.backing.name[:80]!r}"
     if not named.plain:
-        return [
-            (
-                f"{layer.path}: its backing name {layer.backing.name[:80]!r} is not a plain file name; "
-                "record one with 'qemu-img rebase -u'"
-            )
-        ]
+        return [f"{name} is not a plain file name; record one with 'qemu-img rebase -u'"]
     if index + 1 == len(layers) or identity(named.path) != layers[index + 1].file.id:
-        return [
-            (
-                f"{layer.path}: its backing file {layer.backing.name!r} is not where its name says; "
-                "record the right name with 'qemu-img rebase -u'"
-            )
-        ]
+        return [f"{name} is not where it says; record the right one with 'qemu-img rebase -u'"]
     return []
 
 
