@@ -10,7 +10,7 @@ import typer
 from qchain.errors import ImageError, UsageError, printable
 
 from .options import Common, command
-from .output import absolute, console, write, write_json
+from .output import absolute, console, note, write, write_json
 
 if TYPE_CHECKING:
     from qchain.forensics.look import Look
@@ -31,7 +31,7 @@ def leaks(
 ) -> None:
     """List leaked and free clusters and the slack at the end, and look at what is in them."""
     from qchain.chain.chain import named_format
-    from qchain.forensics.look import look_at
+    from qchain.forensics.look import knows_magic, look_at
     from qchain.forensics.unused import unused_ranges
     from qchain.qcow2.check import check_image
     from qchain.qcow2.header import read_header
@@ -53,6 +53,8 @@ def leaks(
         for each in ranges:
             found.append((each, look_at(file, each.start, each.length, header.cluster_size)))
             reporter.advance(each.start, file.size)
+        if ranges and not knows_magic():
+            note("file magic is not looked for: pip install 'qchain[forensics]'")
         saved = {} if extract is None else _save(file, found, extract)
     sums = {
         f"{kind}_bytes": sum(each.length for each in ranges if each.kind == kind)

@@ -1,25 +1,28 @@
 """`qchain map`: what lies where, as `qemu-img map` tells it, streamed and in bulk.
 
 A map may have millions of extents: they are written a window at a time, and the
-lines of a window are built in one pass over its columns.
+text of a window is made from its columns as a whole (`maptext`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .options import Common, Point, command
-from .output import write
+from .output import write, write_ascii
 
 if TYPE_CHECKING:
     from qchain.chain.layer import Layer
     from qchain.chain.resolve import Runs
 
 __all__ = ["map_"]
+
+_AHEAD = 2
+"""Windows that are read before the text of the first is written."""
 
 
 @command
@@ -59,80 +62,66 @@ def _layer_map(image: Path, common: Point) -> None:
 
 
 def _write_map(layers: Sequence[Layer], common: Common) -> None:
-    from qchain.chain.extents import joined_runs
-
     with common.reporter() as reporter:
         reporter.step("mapping", layers[0].size)
-        head = None if common.json else f"{'start':>16} {'length':>16} depth  what        offset\n"
-        for table in joined_runs(layers):
-            if head is not None:
-                write(head + _lines(table))
-                head = ""
-            else:
-                lead = "[" if not table.start[0] else ",\n"
-                write(lead + _json_lines(table))
-            reporter.advance(int(table.start[-1] + table.length[-1]), layers[0].size)
+        if not layers[0].size:
+            write("[]\n" if common.json else "the disk has no bytes\n")
+            return
+        first = True
+        for text, end in _texts(layers, common.json):
+            if first:
+                # Every extent of the document has a comma and a newline before it.
+                head = f"{'start':>16} {'length':>16} depth  what        offset\n"
+                text = b"[" + text[2:] if common.json else head.encode() + text
+                first = False
+            write_ascii(text)
+            reporter.advance(end, layers[0].size)
         if common.json:
-            write("]\n" if layers[0].size else "[]\n")
-        elif not layers[0].size:
-            write("the disk has no bytes\n")
+            write("]\n")
 
 
-def _columns(table: Runs) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Starts, lengths, classes (depth and kind in one number), host offsets (-1: none)."""
+def _texts(layers: Sequence[Layer], as_json: bool) -> Iterator[tuple[bytes, int]]:
+    """The text of each window and the guest offset where it ends.
+
+    The next window is read while a thread makes the text of the one before.
+    """
+    from collections import deque
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    from qchain.chain.extents import joined_runs
+
+    from .maptext import json_lines
+
+    waiting: deque[tuple[Future[bytes], int]] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        for table in joined_runs(layers):
+            end = int(table.start[-1] + table.length[-1])
+            waiting.append((pool.submit(json_lines if as_json else _lines, table), end))
+            if len(waiting) > _AHEAD:
+                future, end = waiting.popleft()
+                yield future.result(), end
+        for future, end in waiting:
+            yield future.result(), end
+
+
+def _lines(table: Runs) -> bytes:
+    """The runs as a table for people, one per line, in bytes."""
     import numpy as np
 
-    from qchain.qcow2.entries import NO_HOST
-
-    host = np.where(table.host == np.uint64(NO_HOST), -1, table.host.astype(np.int64))
-    classes = table.depth.astype(np.int64) * 8 + table.kind
-    return table.start.tolist(), table.length.tolist(), classes.tolist(), host.tolist()
-
-
-def _json_lines(table: Runs) -> str:
-    """The runs as qemu-img's JSON objects, without the brackets around them."""
-    starts, lengths, classes, hosts = _columns(table)
-    tails = {number: _json_tail(number) for number in set(classes)}
-    return ",\n".join(
-        [
-            f'{{ "start": {start}, "length": {length}{tails[number]}, "offset": {host}}}'
-            if host >= 0
-            else f'{{ "start": {start}, "length": {length}{tails[number]}}}'
-            for start, length, number, host in zip(starts, lengths, classes, hosts, strict=True)
-        ]
-    )
-
-
-def _json_tail(number: int) -> str:
-    from qchain.qcow2.entries import Kind
-
-    depth, kind = divmod(number, 8)
-    data = kind in (Kind.DATA, Kind.COMPRESSED)
-    fields = {
-        "present": data or kind == Kind.ZERO,
-        "zero": not data,
-        "data": data,
-        "compressed": kind == Kind.COMPRESSED,
-    }
-    flags = "".join(f', "{name}": {str(is_set).lower()}' for name, is_set in fields.items())
-    return f', "depth": {depth}{flags}'
-
-
-def _lines(table: Runs) -> str:
-    """The runs as a table for people, one per line, in bytes."""
-    from qchain.qcow2.entries import Kind
+    from qchain.qcow2.entries import NO_HOST, Kind
 
     words = {Kind.DATA: "data", Kind.ZERO: "zero", Kind.COMPRESSED: "compressed"}
-    starts, lengths, classes, hosts = _columns(table)
+    # The class: depth and kind in one number.
+    classes = (table.depth.astype(np.int64) * 8 + table.kind).tolist()
+    hosts = np.where(table.host == np.uint64(NO_HOST), -1, table.host.astype(np.int64)).tolist()
     tails = {
         number: f"{number // 8:5}  {words.get(Kind(number % 8), 'nothing'):<10}"
         for number in set(classes)
     }
+    columns = (table.start.tolist(), table.length.tolist(), classes, hosts)
     return "".join(
         [
-            f"{start:16} {length:16} {tails[number]}  {host}\n"
-            if host >= 0
-            else f"{start:16} {length:16} {tails[number]}  -\n"
-            for start, length, number, host in zip(starts, lengths, classes, hosts, strict=True)
+            f"{start:16} {length:16} {tails[number]}  {host if host >= 0 else '-'}\n"
+            for start, length, number, host in zip(*columns, strict=True)
         ]
-    )
+    ).encode("ascii")

@@ -22,6 +22,7 @@ __all__ = [
     "note",
     "save_json",
     "write",
+    "write_ascii",
     "write_error",
     "write_json",
 ]
@@ -42,8 +43,26 @@ def write(text: str) -> None:
     except BrokenPipeError:
         raise OutputClosed from None
     except OSError as error:
-        why = f"cannot be written: {(error.strerror or str(error)).lower()}"
-        raise QchainError("output", why, "") from None
+        raise _not_written(error) from None
+
+
+def write_ascii(text: bytes) -> None:
+    """As `write`, for much text that is made as bytes."""
+    binary = getattr(sys.stdout, "buffer", None)
+    if binary is None:
+        write(text.decode("ascii"))
+        return
+    try:
+        binary.write(text)
+        binary.flush()
+    except BrokenPipeError:
+        raise OutputClosed from None
+    except OSError as error:
+        raise _not_written(error) from None
+
+
+def _not_written(error: OSError) -> QchainError:
+    return QchainError("output", f"cannot be written: {(error.strerror or str(error)).lower()}", "")
 
 
 def write_json(document: object) -> None:

@@ -104,6 +104,23 @@ def test_free_clusters_keep_what_was_there(tmp_path: Path) -> None:
     assert any(str(entry["sample"]).startswith("A0000000") for entry in free)
 
 
+def test_free_where_there_is_no_refcount_block(tmp_path: Path) -> None:
+    path = build_chain(tmp_path, ["[cluster=512] 4k:A"]).active
+    end = path.stat().st_size
+    reach = 512 * 256  # bytes that one refcount block of 512 bytes counts
+    (table,) = struct.unpack_from(">Q", path.read_bytes(), 48)
+    with path.open("r+b") as stream:
+        stream.truncate(2 * reach + 1024)
+        stream.seek(table + 16)  # the third block lies in the first cluster that it counts
+        stream.write(struct.pack(">Q", 2 * reach))
+        stream.seek(2 * reach)
+        stream.write(b"\0\1")
+    assert qemu_check(path) == {"corruptions": 0, "leaks": 0}
+    found = [(entry["kind"], entry["start"], entry["length"]) for entry in ranges_of(path)]
+    last = -(-end // 512) * 512
+    assert found == [("free", last, 2 * reach - last), ("slack", 2 * reach + 512, 512)]
+
+
 def refcounts_of(image: bytes, bits: int) -> dict[int, int]:
     """Host cluster to refcount, without the library; 8 bits and wider."""
     (table, clusters) = struct.unpack_from(">QI", image, 48)

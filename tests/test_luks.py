@@ -10,9 +10,11 @@ import json
 import random
 import struct
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,45 +49,50 @@ def opts(path: Path, backing: str = "") -> str:
     return f"driver=qcow2,encrypt.key-secret=sec0,file.filename={path}{backing}"
 
 
-def create(
-    path: Path,
-    options: str = "",
-    size: str = "4M",
-    backing: tuple[Path, str] | None = None,
-    secret: bytes = SECRET,
-) -> Path:
-    """An encrypted image; the passphrase costs 50 ms to try (less, and qemu cannot measure)."""
+def create(path: Path, options: str = "", size: str = "4M", secret: bytes = SECRET) -> Path:
+    """An encrypted image; to try its passphrase costs some 50 ms."""
     words = f"encrypt.format=luks,encrypt.key-secret=sec0,encrypt.iter-time=50{options}"
-    below = [] if backing is None else ["-u", "-b", backing[0].name, "-F", backing[1]]
-    last: QemuError | None = None
-    for _ in range(8):
+    argv: list[str | Path] = ["create", "-q", "-f", "qcow2", *secret_object(path.parent, secret)]
+    for attempt in range(8):
         try:
-            qemu_img("create", "-q", "-f", "qcow2", *secret_object(path.parent, secret), "-o", words,
-                     *below, path, size)  # fmt: skip
-            return path
+            qemu_img(*argv, "-o", words, path, size)
+            break
         except QemuError as error:
             # On a busy machine qemu fails to measure how fast it is.
-            if "accurate CPU usage" not in str(error):
+            if "accurate CPU usage" not in str(error) or attempt == 7:
                 raise
-            last = error
-    assert last is not None
-    raise last
+    return path
 
 
-def qio(path: Path, *commands: str) -> None:
+@cache
+def _template(options: str, size: str) -> bytes:
+    # qemu-img takes two seconds to measure the machine for every image that it makes.
+    with tempfile.TemporaryDirectory() as scratch:
+        return create(Path(scratch) / "template.qcow2", options, size).read_bytes()
+
+
+def copied(path: Path, options: str = "", size: str = "4M") -> Path:
+    """As `create`, but all images of the same options have the same key."""
+    path.write_bytes(_template(options, size))
+    return path
+
+
+def qio(path: Path, *commands: str, secret: bytes = SECRET) -> None:
     """qemu-io on an encrypted image."""
-    argv: list[str | Path] = ["qemu-io", *secret_object(path.parent), "--image-opts"]
+    argv: list[str | Path] = ["qemu-io", *secret_object(path.parent, secret), "--image-opts"]
     for command in commands:
         argv += ["-c", command]
     done = run_tool([*argv, opts(path)], cwd=path.parent)
     assert not done.stdout + done.stderr, done
 
 
-def write(path: Path, runs: Sequence[tuple[str, int, int]]) -> None:
+def write(path: Path, runs: Sequence[tuple[str, int, int]], secret: bytes = SECRET) -> None:
     """Write patterns of the shadow model: (letter, start, length)."""
+    commands = []
     for letter, start, length in runs:
         (path.parent / f"p{letter}{start}").write_bytes(pattern(letter, start, length))
-    qio(path, *(f"write -q -s p{letter}{start} {start} {length}" for letter, start, length in runs))
+        commands.append(f"write -q -s p{letter}{start} {start} {length}")
+    qio(path, *commands, secret=secret)
 
 
 def judged(path: Path, secret: bytes = SECRET, extra: str = "") -> bytes:
@@ -108,27 +115,36 @@ def header_of(path: Path) -> LuksHeader:
     return found
 
 
-RUNS = [("A", 0, 1 << 16), ("B", 3 << 20, 200 << 10), ("C", 70 << 10, 512), ("D", 1 << 20, 65536)]
+RUNS = [("B", 3 << 20, 200 << 10), ("A", 0, 1 << 16), ("C", 70 << 10, 512), ("D", 1 << 20, 65536)]
 VARIANTS = {
-    "default": "",
-    "aes-128": "cipher-alg=aes-128",
-    "aes-192": "cipher-alg=aes-192",
-    "xts plain": "ivgen-alg=plain",
-    "xts essiv": "ivgen-alg=essiv",
-    "cbc": "cipher-mode=cbc",
-    "cbc essiv": "cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256",
-    "cbc essiv md5": "cipher-alg=aes-128,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=md5",
-    "cbc plain": "cipher-mode=cbc,ivgen-alg=plain,cipher-alg=aes-128",
-    "ctr": "cipher-mode=ctr",
-    "ctr essiv": "cipher-mode=ctr,ivgen-alg=essiv,ivgen-hash-alg=sha256",
-    "ecb": "cipher-mode=ecb",
-    "sha1": "hash-alg=sha1",
-    "sha224": "hash-alg=sha224",
-    "sha384": "hash-alg=sha384",
-    "sha512": "hash-alg=sha512",
-    "md5": "hash-alg=md5",
-    "ripemd160": "hash-alg=ripemd160",
+    "default": ("", "", "4M"),
+    "aes-128": ("cipher-alg=aes-128,hash-alg=sha1", "cluster_size=512", "4M"),
+    "aes-192": ("cipher-alg=aes-192,hash-alg=sha224", "cluster_size=2M", "9M"),
+    "xts plain": ("ivgen-alg=plain,hash-alg=sha384", "extended_l2=on", "4M"),
+    "xts essiv": ("ivgen-alg=essiv,hash-alg=sha512", "compat=0.10", "4M"),
+    "cbc": ("cipher-mode=cbc,hash-alg=md5", "extended_l2=on,cluster_size=16k", "4M"),
+    "cbc essiv": (
+        "cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256,hash-alg=ripemd160",
+        "cluster_size=4k",
+        "4194816",
+    ),
+    "cbc essiv md5": (
+        "cipher-alg=aes-128,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=md5",
+        "preallocation=metadata",
+        "4M",
+    ),
+    "ctr": ("cipher-mode=ctr,ivgen-alg=plain", "lazy_refcounts=on", "4M"),
+    "ctr essiv": (
+        "cipher-mode=ctr,ivgen-alg=essiv,ivgen-hash-alg=sha256",
+        "refcount_bits=64",
+        "4M",
+    ),
+    "ecb": ("cipher-mode=ecb", "compression_type=zstd", "4M"),
 }
+"""What qemu-img can make, and in which layouts: (encryption, layout, size).
+
+It crashes over aes-192 with cbc (its split key is not whole sectors).
+"""
 
 
 def options_of(text: str) -> str:
@@ -137,35 +153,37 @@ def options_of(text: str) -> str:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_cipher_that_qemu_img_makes(name: str, tmp_path: Path) -> None:
-    image = create(tmp_path / "a.qcow2", options_of(VARIANTS[name]))
+    cipher, layout, size = VARIANTS[name]
+    image = copied(tmp_path / "a.qcow2", options_of(cipher) + (layout and f",{layout}"), size)
     write(image, RUNS)
+    qio(image, "write -q -z 512 1024", "write -q -z -u 256k 128k", "discard -q 8k 8k")
     expected = judged(image)
+    # Guest and host offsets differ: one written last lies first.
     assert expected[3 << 20 : (3 << 20) + (200 << 10)] == pattern("B", 3 << 20, 200 << 10)
     assert ours(image) == expected
+    facts_are_those_of_qemu_img_info(image)
 
 
-def test_facts_are_those_of_qemu_img_info(tmp_path: Path) -> None:
-    for name in ("default", "aes-192", "cbc essiv md5", "ecb", "sha512", "xts plain"):
-        image = create(tmp_path / f"{name.replace(' ', '-')}.qcow2", options_of(VARIANTS[name]))
-        info = qemu_info_of(image)
-        luks = header_of(image)
-        assert luks.version == 1
-        assert luks.cipher_name == info["cipher-alg"]
-        assert luks.mode == info["cipher-mode"]
-        assert luks.ivgen == info["ivgen-alg"]
-        assert luks.ivgen_hash == info.get("ivgen-hash-alg")
-        assert luks.hash == info["hash-alg"]
-        assert luks.uuid == info["uuid"]
-        assert luks.digest_iterations == info["master-key-iters"]
-        for slot, said in zip(luks.slots, info["slots"], strict=True):
-            assert slot.active == said["active"]
-            assert slot.offset == said["key-offset"]
-            if slot.active:
-                assert (slot.iterations, slot.stripes) == (said["iters"], said["stripes"])
-        assert luks.active_slots == (0,)
-        shown = luks.as_json()
-        assert shown["cipher"] == info["cipher-alg"]
-        assert shown["key_slots"] == [{"slot": 0, "iterations": info["slots"][0]["iters"]}]
+def facts_are_those_of_qemu_img_info(image: Path) -> None:
+    info = qemu_info_of(image)
+    luks = header_of(image)
+    assert luks.version == 1
+    assert luks.cipher_name == info["cipher-alg"]
+    assert luks.mode == info["cipher-mode"]
+    assert luks.ivgen == info["ivgen-alg"]
+    assert luks.ivgen_hash == info.get("ivgen-hash-alg")
+    assert luks.hash == info["hash-alg"]
+    assert luks.uuid == info["uuid"]
+    assert luks.digest_iterations == info["master-key-iters"]
+    for slot, said in zip(luks.slots, info["slots"], strict=True):
+        assert slot.active == said["active"]
+        assert slot.offset == said["key-offset"]
+        if slot.active:
+            assert (slot.iterations, slot.stripes) == (said["iters"], said["stripes"])
+    assert luks.active_slots == (0,)
+    shown = luks.as_json()
+    assert shown["cipher"] == info["cipher-alg"]
+    assert shown["key_slots"] == [{"slot": 0, "iterations": info["slots"][0]["iters"]}]
 
 
 def qemu_info_of(image: Path) -> dict[str, Any]:
@@ -174,32 +192,11 @@ def qemu_info_of(image: Path) -> dict[str, Any]:
     return found
 
 
-SHAPES = {
-    "small clusters": ("", ",cluster_size=512", "1M"),
-    "large clusters": ("", ",cluster_size=2M", "9M"),
-    "subclusters": ("", ",extended_l2=on", "4M"),
-    "subclusters, cbc": ("cipher-mode=cbc", ",extended_l2=on,cluster_size=16k", "4M"),
-    "version 2": ("", ",compat=0.10", "4M"),
-    "odd size": ("", "", "2097664"),
-}
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_every_shape_of_image(name: str, tmp_path: Path) -> None:
-    cipher, layout, size = SHAPES[name]
-    image = create(tmp_path / "a.qcow2", options_of(cipher) + layout, size)
-    write(image, [("A", 0, 70 << 10), ("B", 300 << 10, 512), ("C", 100 << 10, 3072)])
-    qio(image, "write -q -z 512 1024", "write -q -z -u 128k 128k", "discard -q 8k 8k")
-    expected = judged(image)
-    assert any(expected[300 << 10 :])
-    assert ours(image) == expected
-
-
 @pytest.mark.parametrize("below", ["plain", "luks", "raw"])
 def test_chains(below: str, tmp_path: Path) -> None:
     """An encrypted overlay over anything; over another encrypted one the same passphrase."""
     if below == "luks":
-        base = create(tmp_path / "base.qcow2", options_of("cipher-mode=cbc"))
+        base = copied(tmp_path / "base.qcow2", options_of(VARIANTS["ecb"][0]))
         write(base, [("A", 0, 1 << 20), ("B", 2 << 20, 1 << 20)])
         extra = (
             f",backing.driver=qcow2,backing.encrypt.key-secret=sec0,backing.file.filename={base}"
@@ -209,9 +206,8 @@ def test_chains(below: str, tmp_path: Path) -> None:
         base = build_chain(tmp_path, [line]).base
         extra = ""
     fmt = "raw" if below == "raw" else "qcow2"
-    image = create(tmp_path / "top.qcow2", backing=(base, fmt))
-    # The backing file's options have to be given for qemu-io too: write before it is there.
-    qemu_img("rebase", *secret_object(tmp_path), "-u", "-b", "", "--image-opts", opts(image))
+    image = copied(tmp_path / "top.qcow2")
+    # Written before it has a backing file, whose passphrase qemu-io would need too.
     write(image, [("C", 512 << 10, 1 << 20), ("D", 3 << 20, 4096)])
     qemu_img("rebase", *secret_object(tmp_path), "-u", "-b", base.name, "-F", fmt,
              "--image-opts", opts(image))  # fmt: skip
@@ -223,16 +219,16 @@ def test_chains(below: str, tmp_path: Path) -> None:
 
 
 def test_any_range_of_bytes(tmp_path: Path) -> None:
-    image = create(tmp_path / "a.qcow2", ",cluster_size=4k", "1M")
+    image = copied(tmp_path / "a.qcow2")
     write(image, [("A", 0, 100 << 10), ("B", 120 << 10, 8192)])
     expected = judged(image)
     with open_chain(image, Gate(secret=SECRET)) as chain:
         for start, length in [(0, 1), (511, 2), (513, 5000), (4095, 4097), (100 << 10, 30000),
-                              ((120 << 10) - 7, 9), (1 << 20, 1), ((1 << 20) - 1, 99)]:  # fmt: skip
+                              ((120 << 10) - 7, 9), (4 << 20, 1), ((4 << 20) - 1, 99)]:  # fmt: skip
             assert read(chain.layers, start, length) == expected[start : start + length], start
         layer = chain.layers[0]
         assert isinstance(layer, Qcow2Layer)
-        host = int(layer.cells(0, 4096).host[0])  # type: ignore[union-attr]
+        host = int(layer.cells(0, 65536).host[0])  # type: ignore[union-attr]
         # Views into other memory, at odd addresses, and nothing around them is touched.
         memory = bytearray(b"\xaa" * 5000)
         layer.read_data(memoryview(memory)[1:1025], host + 512)
@@ -240,7 +236,7 @@ def test_any_range_of_bytes(tmp_path: Path) -> None:
 
 
 def test_snapshots_of_an_encrypted_image(tmp_path: Path) -> None:
-    image = create(tmp_path / "a.qcow2")
+    image = copied(tmp_path / "a.qcow2")
     write(image, [("A", 0, 1 << 20)])
     qemu_img("snapshot", *secret_object(tmp_path), "-c", "one", "--image-opts", opts(image))
     before = judged(image)
@@ -253,7 +249,7 @@ def test_snapshots_of_an_encrypted_image(tmp_path: Path) -> None:
 
 def test_preallocated_clusters_read_as_noise(tmp_path: Path) -> None:
     """Never written clusters hold zeroes, which decrypt to noise: the same noise as qemu's."""
-    image = create(tmp_path / "a.qcow2", ",preallocation=metadata")
+    image = copied(tmp_path / "a.qcow2", ",preallocation=metadata")
     write(image, [("A", 1 << 20, 65536)])
     expected = judged(image)
     assert any(expected[:65536])
@@ -262,7 +258,7 @@ def test_preallocated_clusters_read_as_noise(tmp_path: Path) -> None:
 
 def test_beyond_the_end_of_the_file(tmp_path: Path) -> None:
     """As qemu: what the file lacks is zeroes, decrypted; within a sector too."""
-    image = create(tmp_path / "a.qcow2")
+    image = copied(tmp_path / "a.qcow2")
     write(image, [("A", 0, 1 << 20)])
     image.write_bytes(image.read_bytes()[: -(300 << 10)])
     expected = judged(image)
@@ -271,7 +267,7 @@ def test_beyond_the_end_of_the_file(tmp_path: Path) -> None:
     assert ours(image) == expected
 
 
-@pytest.mark.parametrize("cipher", ["", "ivgen-alg=plain", "ivgen-alg=essiv,cipher-mode=cbc"])
+@pytest.mark.parametrize("cipher", ["", "ivgen-alg=plain"])
 def test_far_out_in_a_data_file(cipher: str, tmp_path: Path) -> None:
     """A data file holds guest offsets as they are: sector numbers of more than 32 bits."""
     image = tmp_path / "a.qcow2"
@@ -288,7 +284,7 @@ def test_far_out_in_a_data_file(cipher: str, tmp_path: Path) -> None:
 
 
 def test_every_active_slot_opens(tmp_path: Path) -> None:
-    image = create(tmp_path / "a.qcow2")
+    image = copied(tmp_path / "a.qcow2")
     write(image, [("A", 0, 65536)])
     words = "encrypt.state=active,encrypt.new-secret=sec1,encrypt.iter-time=50,encrypt.keyslot=3"
     objects = [*secret_object(tmp_path), "--object", "secret,id=sec1,data=other,format=raw"]
@@ -297,8 +293,9 @@ def test_every_active_slot_opens(tmp_path: Path) -> None:
     expected = judged(image)
     assert ours(image, b"other") == expected == ours(image)
     # Slot 0 is erased: only the other one opens it now.
-    qemu_img("amend", *objects, "-o", "encrypt.state=inactive,encrypt.keyslot=0",
-             "--image-opts", f"driver=qcow2,encrypt.key-secret=sec1,file.filename={image}")  # fmt: skip
+    other = opts(image).replace("sec0", "sec1")
+    erase = "encrypt.state=inactive,encrypt.keyslot=0"
+    qemu_img("amend", *objects, "-o", erase, "--image-opts", other)
     assert header_of(image).active_slots == (3,)
     assert ours(image, b"other") == expected
     with pytest.raises(ImageError, match="passphrase"):
@@ -307,7 +304,7 @@ def test_every_active_slot_opens(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("secret", [b"wrong", b"", SECRET + b"\n", SECRET[:-1], b"\xff\0\xfe" * 99])
 def test_wrong_passphrase(secret: bytes, tmp_path: Path) -> None:
-    image = create(tmp_path / "a.qcow2")
+    image = copied(tmp_path / "a.qcow2")
     before = descriptors()
     with pytest.raises(ImageError, match="passphrase opens none") as caught:
         ours(image, secret)
@@ -317,11 +314,12 @@ def test_wrong_passphrase(secret: bytes, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_odd_passphrases(tmp_path: Path) -> None:
-    """Taken byte by byte, as qemu takes a secret's file."""
-    for number, secret in enumerate([b"\n", b"with newline\n", "päß".encode(), b"x" * 300]):
-        image = create(tmp_path / f"{number}.qcow2", secret=secret)
-        assert ours(image, secret) == judged(image, secret)
+def test_odd_passphrase(tmp_path: Path) -> None:
+    """Taken byte by byte, as qemu takes a secret's file; longer than a block of any hash."""
+    secret = "päß\t".encode() * 60 + b"\n"
+    image = create(tmp_path / "a.qcow2", secret=secret)
+    write(image, [("A", 0, 65536)], secret)
+    assert ours(image, secret)[:65536] == pattern("A", 0, 65536)
 
 
 def descriptors() -> int:
@@ -329,7 +327,7 @@ def descriptors() -> int:
 
 
 def test_without_a_passphrase_only_the_map(tmp_path: Path) -> None:
-    image = create(tmp_path / "a.qcow2")
+    image = copied(tmp_path / "a.qcow2")
     write(image, [("A", 0, 65536)])
     with open_chain(image) as chain:
         cells = chain.layers[0].cells(0, chain.size)
@@ -344,7 +342,7 @@ def test_the_passphrase_is_not_shown(tmp_path: Path) -> None:
 
 
 def test_a_passphrase_for_a_plain_image_changes_nothing(tmp_path: Path) -> None:
-    built = build_chain(tmp_path, ["64k:A", "4k:b"])
+    built = build_chain(tmp_path, ["64k:A", "4k:B"])
     assert ours(built.active) == raw_of(built.active)
 
 
@@ -357,17 +355,15 @@ def test_legacy_aes_is_refused_by_name(secret: bytes | None, tmp_path: Path) -> 
         ours(image, secret)
 
 
-@pytest.mark.parametrize("cipher", ["serpent-256", "twofish-128", "cast5-128"])
-def test_other_ciphers_are_refused_by_name(cipher: str, tmp_path: Path) -> None:
-    mode = "cbc" if cipher.startswith("cast5") else "xts"
-    image = create(tmp_path / "a.qcow2", options_of(f"cipher-alg={cipher},cipher-mode={mode}"))
-    assert header_of(image).cipher_name == cipher
-    with pytest.raises(Unsupported, match=cipher):
+def test_other_ciphers_are_refused_by_name(tmp_path: Path) -> None:
+    image = create(tmp_path / "a.qcow2", options_of("cipher-alg=serpent-256"))
+    assert header_of(image).cipher_name == "serpent-256"
+    with pytest.raises(Unsupported, match="'serpent-256'"):
         ours(image)
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    image = create(tmp_path / "a.qcow2")
+    image = copied(tmp_path / "a.qcow2")
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers", None)
     with pytest.raises(Unsupported, match=r"qchain\[luks\]"):
         ours(image)
@@ -376,7 +372,10 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_comparing_encrypted_points(tmp_path: Path) -> None:
     """Two images of one content, different keys; and the plain one."""
-    images = [create(tmp_path / f"{name}.qcow2") for name in "ab"]
+    images = [
+        copied(tmp_path / "a.qcow2"),
+        copied(tmp_path / "b.qcow2", options_of(VARIANTS["ecb"][0])),
+    ]
     for image in images:
         write(image, [("A", 0, 1 << 20)])
     plain = build_chain(tmp_path, ["1M:A 3M:-"])
@@ -443,8 +442,7 @@ def test_it_is_fast_enough(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    image = create(tmp_path_factory.mktemp("luks") / "a.qcow2", size="1M")
-    return image.read_bytes()
+    return copied(tmp_path_factory.mktemp("luks") / "a.qcow2").read_bytes()
 
 
 def slot(number: int, field: int) -> int:
@@ -458,8 +456,9 @@ HOSTILE: dict[str, tuple[int, bytes, str]] = {
     "cipher without end": (8, b"a" * 32, "cipher name without an end"),
     "mode without end": (40, b"a" * 32, "mode name without an end"),
     "hash without end": (72, b"a" * 32, "hash name without an end"),
+    "twofish": (8, b"twofish".ljust(32, b"\0"), "'twofish-256'"),
     "unknown cipher": (8, b"ro\x1b[2Jt13".ljust(32, b"\0"), "only AES is supported"),
-    "unknown mode": (40, b"lrw-plain64".ljust(32, b"\0"), "mode 'lrw'"),
+    "unknown mode": (40, b"lrw-plain64".ljust(32, b"\0"), "'aes-512'"),
     "unknown ivgen": (40, b"xts-random".ljust(32, b"\0"), "vector 'random'"),
     "no ivgen": (40, b"xts".ljust(32, b"\0"), "vector None"),
     "essiv without hash": (40, b"cbc-essiv".ljust(32, b"\0"), "AES is supported|hash None"),
@@ -532,7 +531,7 @@ def test_file_ends_within_the_key_slots(sample: bytes, tmp_path: Path) -> None:
     luks = header_of(image)
     for end in (luks.offset + 100, luks.offset + luks.slots[0].offset + 1000):
         image.write_bytes(sample[:end])
-        with HostFile(image) as file, pytest.raises(ImageError, match="cut off|beyond"):
+        with HostFile(image) as file, pytest.raises(ImageError, match=r"cut off|beyond"):
             found = read_luks_header(file, read_header(file))
             assert found is not None
             unlock(file, found, SECRET)

@@ -92,6 +92,7 @@ def test_the_guest_sees_another_content(built: Chain) -> None:
     qemu_io(built.active, ["write -q -P 7 0 512"], "qcow2")
     result = run("verify", "--json", built.active, "--seal", seal)
     assert result.code == 1 and not result.json["point_same"]
+    assert "the guest sees another content than was sealed" in result.json["changes"]
 
 
 def test_copied_evidence_is_intact(built: Chain, tmp_path: Path) -> None:

@@ -216,9 +216,6 @@ class _Content:
     def differs(self, one: Inode, two: Inode) -> bool:
         if one.size != two.size or one.target != two.target:
             return True
-        if one.inline and two.inline:
-            left, right = self._inline[0].get(one.number), self._inline[1].get(two.number)
-            return left is None or right is None or left[: one.size] != right[: two.size]
         same_place = one.extents == two.extents and self._blocks[0] == self._blocks[1]
         if same_place and self._ranges.complete and not one.inline and not two.inline:
             touched = [span for span in self._spans(one, 0) if self._ranges.touch(*span[1:])]

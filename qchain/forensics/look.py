@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qchain.errors import QchainError
 from qchain.forensics.newfile import new_file, write_all
 from qchain.hostfile import HostFile
 
-__all__ = ["Look", "look_at", "save_range"]
+__all__ = ["Look", "knows_magic", "look_at", "save_range"]
 
 _PIECE = 4 << 20
 _HEAD = 4096
@@ -55,9 +55,10 @@ class Look:
 def look_at(file: HostFile, start: int, length: int, cluster_size: int) -> Look:
     """Look at host bytes [start, start + length); what the file does not hold is left out.
 
-    File magic is looked for at every `cluster_size` bytes, for there a guest's file may begin.
+    File magic is looked for at every `cluster_size` bytes, for there a guest's file may begin;
+    without the extra `forensics` it is not looked for (`knows_magic`).
 
-    Raises: `DataError` when it cannot be read; `QchainError` when the extra is not installed.
+    Raises: `DataError` when it cannot be read.
     """
     counts: npt.NDArray[np.int64] = np.zeros(256, np.int64)
     magic: list[tuple[int, str]] = []
@@ -85,6 +86,11 @@ def look_at(file: HostFile, start: int, length: int, cluster_size: int) -> Look:
     return Look(nonzero, abs(entropy), printable / max(nonzero, 1), tuple(magic), sample)
 
 
+def knows_magic() -> bool:
+    """Whether the package that knows file magic is installed (extra `forensics`)."""
+    return find_spec("puremagic") is not None
+
+
 def _data(file: HostFile, start: int, length: int, unit: int) -> Iterator[tuple[int, bytes]]:
     """(offset, bytes) of what is no hole, in pieces that begin at multiples of `unit`."""
     step = max(_PIECE // unit, 1) * unit
@@ -105,9 +111,7 @@ def _magic_of(head: bytes) -> str | None:
 
         found = puremagic.magic_string(head)
     except ImportError:
-        raise QchainError(
-            "file magic", "the package puremagic is not installed", "pip install qchain[forensics]"
-        ) from None
+        return None
     except Exception:
         # It parses what it recognises, and any error of that means: not recognised.
         return None

@@ -188,7 +188,8 @@ class _Builder:
         moved = self.candidate.traffic.commit_bytes + self.candidate.traffic.pull_bytes
         if self.options.verify == "full":
             moved = self.j.size
-        self.add(Compare(self.j_path, new, below, self.j.format, self.t.format, moved))
+        formats = (self.j.format, self.t.format)
+        self.add(Compare(self.j_path, new, below, *formats, moved, self.backing_format()))
 
     def way(self, final: Path) -> str | None:
         """The backing name during the switch: absolute where the directory changes."""

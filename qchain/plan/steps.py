@@ -10,6 +10,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from qchain.plan.commands import image_opts
+
 __all__ = [
     "Command",
     "Compare",
@@ -57,7 +59,8 @@ class Freeze:
 class Compare:
     """The kept point `old`, as it read before, against the new view of `new`.
 
-    `below`: the chain that `new` is to be read over, whatever its header names.
+    `below`: the chain that `new` is to be read over, whatever its header names, and
+    the format of its uppermost image.
     """
 
     old: Path
@@ -66,6 +69,7 @@ class Compare:
     old_format: str = "qcow2"
     new_format: str = "qcow2"
     weight: int = 0
+    below_format: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +152,13 @@ def arguments(step: Step, program: str = "qemu-img") -> list[str] | None:
     match step:
         case Command(argv):
             return [program, *argv]
-        case Compare(old, new, _, old_format, new_format):
-            return [program, "compare", "-f", new_format, "-F", old_format, str(new), str(old)]
+        case Compare(old, new, below, old_format, new_format, _, below_format):
+            options: dict[str, str | Path] = {"driver": new_format, "file.filename": new}
+            if below is not None and below_format is not None:
+                # After a pull the header still names the alias, as qcow2 whatever it is.
+                options |= {"backing.driver": below_format, "backing.file.filename": below}
+            before: dict[str, str | Path] = {"driver": old_format, "file.filename": old}
+            return [program, "compare", "--image-opts", image_opts(options), image_opts(before)]
         case MakeDirectory(path):
             return ["mkdir", "-m", "700", "--", str(path)]
         case RemoveDirectory(path):
