@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["json_lines"]
 
-_ROWS = 1 << 14
+_ROWS = 1 << 12
 """Extents at a time: their rows stay in the processor's cache."""
 _BASE = 10000
 _SHORT = _BASE
@@ -92,7 +92,7 @@ def _json_rows(
         ),
         np.uint32,
     ).reshape(len(middles), -1)
-    rows = templates[place[codes]]
+    rows = templates.take(place[codes], axis=0)
     _write_numbers(rows, ends[1] // 4, start, None)
     _write_numbers(rows, ends[3] // 4, length, None)
     _write_numbers(rows, ends[5] // 4, host, ~has_host)

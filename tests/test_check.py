@@ -299,6 +299,15 @@ def test_bad_l2_entries(
     assert (found.offset, found.guest) == (image.l2 + 8, image.cluster)
 
 
+def test_unaligned_data_uses_both_clusters_that_it_touches(poke: Callable[[str], Poked]) -> None:
+    image = poke(PLAIN)
+    image.set(image.l2 + 8, image.entry(1) + 512)
+    image.set(image.l2 + 2 * 8, 0)
+    assert image.report().leaks == 0
+    image.set(image.l2 + 8, 0)
+    assert image.report().leaks == 2
+
+
 def test_bad_l1_entries(poke: Callable[[str], Poked]) -> None:
     for value, kind in (
         (COPIED | 1 << 60, "l1-reserved"),

@@ -41,7 +41,7 @@ def check_image(
         progress: called with the bytes of L2 tables done and in all.
         limit: findings of one kind that are listed; all are counted.
 
-    Memory: at most about 200 MiB and some bytes per L1 entry, whatever the size of the
+    Memory: at most about 250 MiB and some bytes per L1 entry, whatever the size of the
     file. Time: in proportion to the tables that the file really holds, for every 2^23
     host clusters.
 
