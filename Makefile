@@ -5,7 +5,7 @@ help:
 	@echo "make demo    build a real chain, merge it, prove that nothing changed"
 	@echo "make test    linters, types and all tests"
 	@echo "make bench   qchain and qemu-img side by side"
-	@echo "make setup   only install what the others need; the command is .venv/bin/qchain"
+	@echo "make setup   only install what demo and bench need; the command is .venv/bin/qchain"
 	@echo "make clean   remove .venv and all caches"
 
 setup:

@@ -1,28 +1,36 @@
 """The persistent dirty bitmaps of one image.
 
 Source: the qcow2 specification, "Bitmaps"; limits of qemu's
-`bitmap_list_load` and `check_dir_entry`.
+`bitmap_list_load`, `check_dir_entry` and `bitmap_table_load`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from qchain.errors import ImageError, Unsupported
 from qchain.hostfile import HostFile
+from qchain.qcow2.entries import OFFSET_MASK
 from qchain.qcow2.extensions import MAX_BITMAP_DIRECTORY, MAX_BITMAPS, text_of
 from qchain.qcow2.header import Header
 from qchain.qcow2.structures import BITMAP_ENTRY, BITMAP_ENTRY_HEAD
 from qchain.qcow2.windows import Window
 
-__all__ = ["Bitmap", "read_bitmaps"]
+__all__ = ["Bitmap", "dirty_ranges", "find_bitmap", "read_bitmaps"]
 
 _HEAD = BITMAP_ENTRY_HEAD.sizeof()
 _MAX_NAME = 1023
 _MAX_TABLE_ENTRIES = 0x8000000
 _MAX_BYTES = 512 << 20
 _DIRTY_TRACKING = 1
+_ALL_ONES = 1
+_TABLE_WINDOW = 1 << 16  # table entries read at once
+_BITS_WINDOW = 1 << 17  # bytes of bits unpacked at once: a MiB of cells
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,3 +145,98 @@ def _bitmap(entry: Any) -> Bitmap:
         table_size=entry.table_size,
         extra=entry.extra,
     )
+
+
+def find_bitmap(file: HostFile, header: Header, name: str) -> Bitmap:
+    """The bitmap of that name.
+
+    Raises: `ImageError` when there is none, or the directory cannot be read.
+    """
+    every = read_bitmaps(file, header)
+    for bitmap in every:
+        if bitmap.name == name:
+            return bitmap
+    known = ", ".join(bitmap.name for bitmap in every[:8]) or "none"
+    raise ImageError(file.path, f"has no bitmap {name!r}; it has: {known}", "")
+
+
+def dirty_ranges(file: HostFile, header: Header, bitmap: Bitmap) -> Iterator[tuple[int, int]]:
+    """What `bitmap` marks as written: (start, length) in guest bytes.
+
+    In order, adjacent ones joined, in whole units of `bitmap.granularity` but for the end
+    of the disk. Memory is a few MiB, whatever the disk's size. For a bitmap that is
+    `in_use` it is what was last stored: stale, and not to be relied upon.
+
+    Raises: `ImageError` when the table, or bits that it points to, lie beyond the file
+        or break the format (qemu's `check_table_entry`).
+    """
+    low = high = 0
+    for start, end in _marked(file, header, bitmap):
+        if start != high or low == high:
+            if low < high:
+                yield low, high - low
+            low = start
+        high = end
+    if low < high:
+        yield low, high - low
+
+
+def _marked(file: HostFile, header: Header, bitmap: Bitmap) -> Iterator[tuple[int, int]]:
+    """(start, end) of marked guest bytes, in order, cut wherever a window ends."""
+    cluster = header.cluster_size
+    covers = cluster * 8 * bitmap.granularity  # guest bytes of one table entry
+    # Entries for what lies beyond the end of the disk mean nothing.
+    count = min(bitmap.table_size, -(-header.size // covers))
+    for first in range(0, count, _TABLE_WINDOW):
+        last = min(first + _TABLE_WINDOW, count)
+        raw = file.pread(bitmap.table_offset + first * 8, (last - first) * 8)
+        if len(raw) < (last - first) * 8:
+            raise ImageError(file.path, f"the table of bitmap {bitmap.name!r} ends beyond the file")
+        entries = np.frombuffer(raw, ">u8").astype(np.uint64)
+        _check_entries(file, bitmap, entries, cluster)
+        set_ones = entries == _ALL_ONES
+        for index in np.flatnonzero(entries).tolist():
+            start = (first + index) * covers
+            if set_ones[index]:
+                yield start, min(start + covers, header.size)
+                continue
+            offset = int(entries[index])
+            for skip in range(0, cluster, _BITS_WINDOW):
+                begin = start + skip * 8 * bitmap.granularity
+                if begin >= header.size:
+                    break
+                length = min(cluster - skip, _BITS_WINDOW)
+                bits = file.pread(offset + skip, length)
+                if len(bits) < length:
+                    raise ImageError(
+                        file.path, f"the bits of bitmap {bitmap.name!r} end beyond the file"
+                    )
+                yield from _runs(bits, begin, bitmap.granularity, header.size)
+
+
+def _check_entries(
+    file: HostFile, bitmap: Bitmap, entries: npt.NDArray[np.uint64], cluster: int
+) -> None:
+    offset = entries & np.uint64(OFFSET_MASK)
+    bad = (entries & np.uint64(~(OFFSET_MASK | _ALL_ONES) & (1 << 64) - 1)) != 0
+    bad |= (offset != 0) & ((entries & np.uint64(_ALL_ONES)) != 0)
+    bad |= offset % np.uint64(cluster) != 0
+    if bad.any():
+        index = int(np.flatnonzero(bad)[0])
+        raise ImageError(
+            file.path,
+            f"an entry of the table of bitmap {bitmap.name!r} is {int(entries[index]):#x}, "
+            "which breaks the format",
+        )
+
+
+def _runs(bits: bytes, start: int, granularity: int, size: int) -> Iterator[tuple[int, int]]:
+    """Runs of ones in `bits`, the first of which stands for guest offset `start`."""
+    cells = np.zeros(len(bits) * 8 + 2, np.int8)
+    cells[1:-1] = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")
+    edges = np.flatnonzero(np.diff(cells))
+    for low, high in edges.reshape(-1, 2).tolist():
+        begin = start + low * granularity
+        if begin >= size:
+            return
+        yield begin, min(start + high * granularity, size)

@@ -58,6 +58,10 @@ def check_image(
     for note in header.findings:
         if note.level is Level.DAMAGE:
             found.add("header", 0, header.header_length, note.text)
+    if header.autoclear & 2 and not header.has_data_file:
+        # qemu refuses to open it.
+        why = "it asks for a raw external data file without having a data file"
+        found.add("header", 0, header.header_length, why)
     stored = StoredRefcounts(file, header)
     references = find_references(file, header, stored, extent, found)
     walk = L2Walk(file, header, references, extent, found, progress)

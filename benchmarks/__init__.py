@@ -1,0 +1,1 @@
+"""qchain and its peers side by side, in one run, as ratios: `python -m benchmarks`."""
