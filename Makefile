@@ -4,7 +4,7 @@
 help:
 	@echo "make demo    build a real chain, merge it, prove that nothing changed"
 	@echo "make test    linters, types and all tests"
-	@echo "make bench   qchain and qemu-img side by side"
+	@echo "make bench   qchain and qemu-img side by side (BENCH=--quick: small images)"
 	@echo "make setup   only install what demo and bench need; the command is .venv/bin/qchain"
 	@echo "make clean   remove .venv and all caches"
 
@@ -18,7 +18,7 @@ test:
 	@bash scripts/test
 
 bench: setup
-	@.venv/bin/python -m benchmarks
+	@.venv/bin/python -m benchmarks $(BENCH)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .hypothesis build *.egg-info

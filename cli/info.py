@@ -153,19 +153,17 @@ def _describe_qcow2(
 def _describe_bitmaps(
     file: HostFile, header: Header, wanted: str | None, found: _Description
 ) -> None:
-    from qchain.qcow2.bitmaps import dirty_ranges, read_bitmaps
+    from qchain.qcow2.bitmaps import dirty_ranges, find_bitmap, read_bitmaps
 
-    every = read_bitmaps(file, header)
     found.fields["bitmaps"] = [
         {"name": entry.name, "granularity": entry.granularity, "flags": list(entry.flags)}
-        for entry in every
+        for entry in read_bitmaps(file, header)
     ]
     if wanted is None:
         return
-    entry = next((each for each in every if each.name == wanted), None)
-    if entry is None:
-        known = ", ".join(each.name for each in every[:8]) or "none"
-        raise ImageError(file.path, f"has no bitmap {wanted!r}; it has: {known}", "")
+    entry = find_bitmap(file, header, wanted)
+    if entry.in_use:
+        found.warnings.append(f"bitmap {wanted!r} is in use: what it marks here is out of date")
     found.fields["dirty"] = [
         {"start": start, "length": length} for start, length in dirty_ranges(file, header, entry)
     ]

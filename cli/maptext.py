@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     Words = npt.NDArray[np.uint32]
     Numbers = npt.NDArray[np.uint64]
 
-__all__ = ["json_lines"]
+__all__ = ["ROWS", "json_lines"]
 
-_ROWS = 1 << 12
+ROWS = 1 << 12
 """Extents at a time: their rows stay in the processor's cache."""
 _BASE = 10000
 _SHORT = _BASE
 _LAST = 2 * _BASE
-_BLANK = _SHORT
-"""Parts of `_digits`; the short form of zero is nothing at all."""
+"""Where in `_digits` the forms without leading zeroes begin; the first zero there is nothing
+at all, the second '0'."""
 _KINDS = 8
 
 
@@ -51,8 +51,8 @@ def _digits() -> Words:
 def json_lines(table: Runs) -> bytes:
     """The runs as `qemu-img map --output=json` writes them, each after a comma and a newline."""
     pieces = []
-    for low in range(0, len(table), _ROWS):
-        part = slice(low, low + _ROWS)
+    for low in range(0, len(table), ROWS):
+        part = slice(low, low + ROWS)
         depth = table.depth[part].astype(np.int64)
         pieces.append(
             _json_rows(
@@ -122,7 +122,7 @@ def _write_numbers(
         done = above == 0
         index += done * zero
         if none is not None and zero == _LAST:
-            index[none] = _BLANK
+            index[none] = _SHORT
         rows[:, column] = digits[index]
         if done.all():
             return

@@ -1,4 +1,4 @@
-"""In continuous integration nothing is skipped: there a skip is a failure.
+"""The same environment for every run; and in continuous integration a skip is a failure.
 
 `QCHAIN_NO_SKIP=1` (set by `.ci/run`) or `CI` in the environment turn this on. A test that skips
 because a program is missing proves nothing, and nobody reads the list of skipped tests.
@@ -12,6 +12,19 @@ from collections.abc import Generator
 import pytest
 
 STRICT = bool(os.environ.get("QCHAIN_NO_SKIP") or os.environ.get("CI"))
+
+# What a machine happens to set must neither hide a failure nor make one.
+for _name in (
+    "PYTHONUNBUFFERED",
+    "NO_COLOR",
+    "FORCE_COLOR",
+    "COLUMNS",
+    "LINES",
+    "QCHAIN_ALLOW",
+    "QCHAIN_DEBUG",
+):
+    os.environ.pop(_name, None)
+os.environ["TERM"] = "xterm-256color"
 
 
 def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -7,9 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cli_runner import run
 from hypothesis import HealthCheck, given, settings
+from qchain_cli.maptext import ROWS, json_lines
 
 from fixtures.build import build_chain
 from fixtures.generate import chains
@@ -17,6 +19,8 @@ from fixtures.language import LayerSpec
 from fixtures.oracle import qemu_img, qemu_map
 from qchain.chain.chain import open_chain
 from qchain.chain.extents import extents
+from qchain.chain.resolve import Runs
+from qchain.qcow2.entries import NO_HOST, Kind
 
 CHAIN = ["256k:A 1M:- 256k:B 512k:-", "64k:- 256k:C 64k:0 128k:d 512k:-"]
 TOP = "[ext cluster=16k zstd] 1M:- 4k:E 12k:- 32k:f 64k:0"
@@ -133,6 +137,28 @@ def test_text_says_the_same(tmp_path: Path) -> None:
         assert (what in ("data", "compressed")) == extent["data"]
         assert (what == "nothing") == (not extent["present"])
         assert offset == str(extent.get("offset", "-"))
+
+
+def test_text_in_bulk_is_that_of_one_at_a_time() -> None:
+    """Numbers of every length, to the byte, and more rows than are made at once."""
+    random = np.random.default_rng(7)
+    count = 3 * ROWS + 5
+    host = random.integers(0, 10 ** random.integers(1, 18, count), dtype=np.int64).astype(np.uint64)
+    edges = [10**power + step for power in range(1, 18) for step in (-1, 0, 1)]
+    host[: len(edges) + 1] = [0, *edges]
+    host[random.random(count) < 0.3] = NO_HOST
+    length = random.integers(1, 10 ** random.integers(1, 10, count), dtype=np.int64)
+    length[: len(edges)] = edges
+    depth = random.choice([0, 1, 9, 10, 4095], count).astype(np.int32)
+    kinds = [Kind.UNALLOCATED, Kind.ZERO, Kind.DATA]
+    kind = random.choice(kinds, count).astype(np.uint8)
+    kind[host == NO_HOST] = random.choice([*kinds, Kind.COMPRESSED], int((host == NO_HOST).sum()))
+    start = np.concatenate(([0], np.cumsum(length)[:-1]))
+    table = Runs(start, length, depth, kind, host)
+    expected = "".join(
+        ",\n{ " + json.dumps(extent.as_json())[1:-1] + "}" for extent in table.extents()
+    )
+    assert json_lines(table).decode() == expected
 
 
 def test_a_broken_entry_is_an_error(tmp_path: Path) -> None:

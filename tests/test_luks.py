@@ -235,6 +235,16 @@ def test_any_range_of_bytes(tmp_path: Path) -> None:
         assert memory == b"\xaa" + expected[512:1536] + b"\xaa" * 3975
 
 
+def test_compressed_clusters_are_not_encrypted(tmp_path: Path) -> None:
+    """qemu compresses without encrypting; what lies around them is encrypted all the same."""
+    image = copied(tmp_path / "a.qcow2")
+    write(image, [("A", 0, 65536), ("B", 128 << 10, 65536)])
+    qio(image, "write -q -c -P 7 64k 64k")
+    expected = judged(image)
+    assert expected[65536:131072] == b"\7" * 65536
+    assert ours(image) == expected
+
+
 def test_snapshots_of_an_encrypted_image(tmp_path: Path) -> None:
     image = copied(tmp_path / "a.qcow2")
     write(image, [("A", 0, 1 << 20)])

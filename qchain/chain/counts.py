@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from qchain.chain.layer import Layer, Qcow2Layer
-from qchain.chain.ownership import layer_masks, workers
+from qchain.chain.ownership import layer_masks
+from qchain.chain.parallel import in_order
 from qchain.chain.resolve import windows
 from qchain.qcow2.entries import Kind
 
@@ -62,11 +62,10 @@ def count_clusters(
 
     sums = np.zeros(len(Kind), np.int64)
     spans = list(windows([layer]))
-    with ThreadPoolExecutor(workers()) as pool:
-        for span, counts in zip(spans, pool.map(window, spans), strict=True):
-            sums += counts
-            if progress is not None:
-                progress(span[1], layer.size)
+    for span, counts in zip(spans, in_order(window, spans), strict=True):
+        sums += counts
+        if progress is not None:
+            progress(span[1], layer.size)
     total = -(-layer.size // layer.cluster_size)
     found = {kind: int(sums[kind]) for kind in Kind}
     data, zero, packed, bad = (
@@ -101,10 +100,9 @@ def owned_by_region(layers: Sequence[Layer], regions: int) -> npt.NDArray[np.flo
             for index, unit, mask in _owned(layers, start, end)
         ]
 
-    with ThreadPoolExecutor(workers()) as pool:
-        for found in pool.map(window, windows(layers)):
-            for index, first, amounts in found:
-                out[index, first : first + len(amounts)] += amounts
+    for found in in_order(window, list(windows(layers))):
+        for index, first, amounts in found:
+            out[index, first : first + len(amounts)] += amounts
     return out
 
 

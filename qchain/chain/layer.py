@@ -114,8 +114,17 @@ class Layer(Protocol):
         ...
 
     def read_data(self, view: memoryview, offset: int) -> None:
-        """Guest data at host `offset` (decrypted); beyond the file's end `view` is left alone."""
+        """Fill `view` with guest data at host `offset` (decrypted).
+
+        What lies beyond the file's end is zeroes, as in qemu (before decrypting).
+        """
         ...
+
+
+def _read_whole(file: HostFile, view: memoryview, offset: int) -> None:
+    done = file.pread_into(view, offset)
+    if done < len(view):
+        view[done:] = bytes(len(view) - done)
 
 
 class Qcow2Layer:
@@ -162,7 +171,7 @@ class Qcow2Layer:
 
     def read_data(self, view: memoryview, offset: int) -> None:
         if self.cipher is None:
-            self.data.pread_into(view, offset)
+            _read_whole(self.data, view, offset)
         else:
             self.cipher.read_into(view, offset, self.data)
 
@@ -255,7 +264,7 @@ class RawLayer:
         return self.file
 
     def read_data(self, view: memoryview, offset: int) -> None:
-        self.file.pread_into(view, offset)
+        _read_whole(self.file, view, offset)
 
     def _ranges(self, start: int, end: int) -> tuple[int, list[tuple[int, int]]]:
         # The last sector of an unaligned file is data as a whole.

@@ -7,15 +7,14 @@ no decoding of entries: this runs at the speed of reading the L2 tables.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from qchain.chain.layer import Layer, Masks
+from qchain.chain.parallel import in_order, workers
 from qchain.chain.resolve import windows
 
 __all__ = ["Ownership", "layer_masks", "ownership", "unify", "workers"]
@@ -34,11 +33,6 @@ class Ownership:
     @property
     def shadowed(self) -> int:
         return self.allocated - self.owned
-
-
-def workers() -> int:
-    """Threads worth having: numpy and pread release the interpreter's lock."""
-    return max(1, min(8, len(os.sched_getaffinity(0))))
 
 
 def unify(
@@ -127,15 +121,13 @@ def ownership(
     """
     sums = np.zeros((len(layers), 2), np.int64)
     size = layers[0].size
-    with ThreadPoolExecutor(workers()) as pool:
-        spans = list(windows(layers))
-        for (_, end), counts in zip(
-            spans, pool.map(lambda span: _window(layers, *span), spans), strict=True
-        ):
-            for index, pair in counts.items():
-                sums[index] += pair
-            if progress is not None:
-                progress(end, size)
+    spans = list(windows(layers))
+    answers = in_order(lambda span: _window(layers, *span), spans)
+    for (_, end), counts in zip(spans, answers, strict=True):
+        for index, pair in counts.items():
+            sums[index] += pair
+        if progress is not None:
+            progress(end, size)
     for index, layer in enumerate(layers):
         if layer.size > size:
             sums[index, 0] += _beyond(layer, size)

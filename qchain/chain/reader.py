@@ -42,20 +42,28 @@ def require_content(layers: Sequence[Layer]) -> None:
 def fill(layers: Sequence[Layer], table: Runs, out: memoryview, at: npt.NDArray[np.int64]) -> None:
     """Write the guest bytes of every run of `table` into `out`, run i at offset `at[i]`.
 
-    `out` must be zeroed before: zero runs are skipped. Reads beyond the end of a file
-    give zeroes, as in qemu.
+    What `out` held there before does not matter. Reads beyond the end of a file give
+    zeroes, as in qemu.
     Raises: `DataError` when a compressed cluster is damaged or a disk fails.
     """
-    data = np.flatnonzero((table.kind == Kind.DATA) | (table.kind == Kind.COMPRESSED))
-    for index in data.tolist():
-        layer = layers[int(table.depth[index])]
-        place, length = int(at[index]), int(table.length[index])
+    for start, length, depth, kind, host, place in zip(
+        table.start.tolist(),
+        table.length.tolist(),
+        table.depth.tolist(),
+        table.kind.tolist(),
+        table.host.tolist(),
+        at.tolist(),
+        strict=True,
+    ):
         view = out[place : place + length]
-        if table.kind[index] == Kind.DATA:
-            layer.read_data(view, int(table.host[index]))
-        else:
+        if kind == Kind.DATA:
+            layers[depth].read_data(view, host)
+        elif kind == Kind.COMPRESSED:
+            layer = layers[depth]
             assert isinstance(layer, Qcow2Layer)
-            _fill_compressed(layer, int(table.host[index]), int(table.start[index]), view)
+            _fill_compressed(layer, host, start, view)
+        else:
+            np.frombuffer(view, np.uint8).fill(0)
 
 
 def _fill_compressed(layer: Qcow2Layer, descriptor: int, guest: int, out: memoryview) -> None:
@@ -139,7 +147,7 @@ def pieces(
     size = layers[0].size if end is None else min(end, layers[0].size)
 
     def load(low: int, high: int, part: Runs) -> Piece:
-        data = np.zeros(high - low, np.uint8)
+        data = np.empty(high - low, np.uint8)
         fill(layers, part, memoryview(data.data), part.start - low)
         return Piece(low, high - low, data)
 

@@ -22,6 +22,7 @@ __all__ = ["Snapshot", "find_snapshot", "read_snapshots"]
 _HEAD = SNAPSHOT_ENTRY_HEAD.sizeof()
 _MAX_TABLE = 64 << 20
 _MAX_EXTRA = 1024
+_MAX_L1 = 32 << 20
 _NO_ICOUNT = (1 << 64) - 1
 
 
@@ -109,12 +110,17 @@ def _snapshot(entry: Any, header: Header) -> Snapshot:
 def find_snapshot(file: HostFile, header: Header, wanted: str) -> Snapshot:
     """The snapshot with this id, or, as qemu-img does, else with this name.
 
-    Raises: `ImageError` when there is none, or several of that name.
+    Its own L1 table is judged as qemu's `qcow2_snapshot_load_tmp` does, so that one broken
+    entry spoils only its own snapshot.
+
+    Raises: `ImageError` when there is none, or several of that name; when its L1 table is
+        not cluster-aligned or larger than 32 MiB.
     """
     every = read_snapshots(file, header)
     by_id = [each for each in every if each.id == wanted]
     found = by_id or [each for each in every if each.name == wanted]
     if len(found) == 1:
+        _require_l1(file, header, found[0])
         return found[0]
     if found:
         raise ImageError(
@@ -122,3 +128,14 @@ def find_snapshot(file: HostFile, header: Header, wanted: str) -> Snapshot:
         )
     known = ", ".join(each.name for each in every[:8]) or "none"
     raise ImageError(file.path, f"has no snapshot {wanted!r}; it has: {known}", "")
+
+
+def _require_l1(file: HostFile, header: Header, snapshot: Snapshot) -> None:
+    offset, size = snapshot.l1_table_offset, snapshot.l1_size * 8
+    if offset % header.cluster_size:
+        why = f"an L1 table at offset {offset}, which is not cluster-aligned"
+    elif size > _MAX_L1:
+        why = f"an L1 table of {size} bytes, more than {_MAX_L1}"
+    else:
+        return
+    raise ImageError(file.path, f"snapshot {snapshot.name!r} has {why}")
