@@ -28,10 +28,21 @@ _OPEN_FILES = 8192
 
 @dataclass(frozen=True)
 class Sample:
-    """One run, or the median of several: seconds, and peak resident bytes of the process."""
+    """One run, or the medians of several.
+
+    Seconds on the clock; seconds of all processors together; peak resident bytes. The second
+    hardly depends on what else the machine does.
+    """
 
     seconds: float
+    cpu: float
     peak: int = 0
+
+    def __add__(self, other: Sample) -> Sample:
+        """One after the other."""
+        return Sample(
+            self.seconds + other.seconds, self.cpu + other.cpu, max(self.peak, other.peak)
+        )
 
 
 Runner = Callable[[], Sample]
@@ -43,7 +54,7 @@ def _limits() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _run(argv: Sequence[str], stdout: int) -> tuple[subprocess.Popen[str], Sample, str]:
+def _run(argv: Sequence[str], stdout: int) -> tuple[Sample, str]:
     start = time.perf_counter()
     process = subprocess.Popen(
         argv, stdin=subprocess.DEVNULL, stdout=stdout, cwd=ROOT, text=True, preexec_fn=_limits
@@ -57,12 +68,13 @@ def _run(argv: Sequence[str], stdout: int) -> tuple[subprocess.Popen[str], Sampl
         process.stdout.close()
     if process.returncode:
         raise RuntimeError(f"exit code {process.returncode}: {' '.join(argv)}")
-    return process, Sample(seconds, usage.ru_maxrss * 1024), output
+    cpu = usage.ru_utime + usage.ru_stime
+    return Sample(seconds, cpu, usage.ru_maxrss * 1024), output
 
 
 def command(*argv: str | Path) -> Runner:
     """Run a command, its output to nowhere. RuntimeError when it fails."""
-    return lambda: _run([str(part) for part in argv], subprocess.DEVNULL)[1]
+    return lambda: _run([str(part) for part in argv], subprocess.DEVNULL)[0]
 
 
 def library(task: str, *arguments: str | Path) -> Runner:
@@ -70,14 +82,14 @@ def library(task: str, *arguments: str | Path) -> Runner:
     argv = [sys.executable, "-m", "benchmarks.worker", task, *map(str, arguments)]
 
     def run() -> Sample:
-        _, sample, output = _run(argv, subprocess.PIPE)
-        return Sample(json.loads(output)["seconds"], sample.peak)
+        sample, output = _run(argv, subprocess.PIPE)
+        return Sample(**json.loads(output), peak=sample.peak)
 
     return run
 
 
 def side_by_side(runners: dict[str, Runner], repeats: int) -> dict[str, Sample]:
-    """Each runner `repeats` times, taking turns: median seconds, highest peak."""
+    """Each runner `repeats` times, taking turns: median times, highest peak."""
     found: dict[str, list[Sample]] = {name: [] for name in runners}
     for _ in range(repeats):
         for name, runner in runners.items():
@@ -85,6 +97,7 @@ def side_by_side(runners: dict[str, Runner], repeats: int) -> dict[str, Sample]:
     return {
         name: Sample(
             statistics.median(sample.seconds for sample in samples),
+            statistics.median(sample.cpu for sample in samples),
             max(sample.peak for sample in samples),
         )
         for name, samples in found.items()

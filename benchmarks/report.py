@@ -5,58 +5,75 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.measure import QEMU_IMG
+from benchmarks.measure import QEMU_IMG, Sample
 
 __all__ = ["Row", "as_json", "heading", "line"]
 
-_WIDTHS = (37, 9, 9, 8, 8)
+_WIDTHS = (32, 9, 9, 7, 7, 6)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. `ours` and `peer` in seconds (bytes where `unit` is "bytes").
+    """One measurement, against a peer's or not.
 
-    `goal`: the least peer/ours; negative, the most ours/peer; for bytes the most bytes.
+    `goal`: the least peer/ours; negative, the most ours/peer. With `peak` it is not the times
+    that count but the peak memory, and the goal is the most bytes.
     """
 
     name: str
-    ours: float | None
-    peer: float | None = None
+    ours: Sample | None
+    peer: Sample | None = None
     goal: float | None = None
-    unit: str = "seconds"
+    peak: bool = False
     note: str = ""
+
+    def _ratio(self, value: Callable[[Sample], float]) -> float | None:
+        if self.ours is None or self.peer is None:
+            return None
+        ours, peer = value(self.ours), value(self.peer)
+        slower = not self.peak and self.goal is not None and self.goal < 0
+        return ours / max(peer, 1e-9) if slower else peer / max(ours, 1e-9)
 
     @property
     def ratio(self) -> float | None:
-        """How many times faster than the peer; where the goal is negative, slower."""
-        if not self.ours or not self.peer:
-            return None
-        slower = self.goal is not None and self.goal < 0
-        return self.ours / self.peer if slower else self.peer / self.ours
+        """How many times better than the peer; where the goal is negative, worse."""
+        return self._ratio(lambda sample: sample.peak if self.peak else sample.seconds)
+
+    @property
+    def cpu_ratio(self) -> float | None:
+        """The same in seconds of processors."""
+        return None if self.peak else self._ratio(lambda sample: sample.cpu)
 
     @property
     def met(self) -> bool | None:
         """Whether the goal was reached; None where there is none or nothing was measured."""
-        value = self.ours if self.unit == "bytes" else self.ratio
+        value = self.ratio
+        if self.peak and self.ours is not None:
+            value = self.ours.peak
         if self.goal is None or value is None:
             return None
-        at_most = self.unit == "bytes" or self.goal < 0
+        at_most = self.peak or self.goal < 0
         return value <= abs(self.goal) if at_most else value >= self.goal
 
 
-def _amount(value: float | None, unit: str) -> str:
-    if value is None:
+def _amount(sample: Sample | None, peak: bool) -> str:
+    if sample is None:
         return "-"
-    return f"{value / (1 << 20):.0f} MiB" if unit == "bytes" else f"{value:.3f} s"
+    return f"{sample.peak / (1 << 20):.0f} MiB" if peak else f"{sample.seconds:.3f} s"
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.1f}x"
 
 
 def _goal(row: Row) -> str:
     if row.goal is None:
         return ""
-    if row.unit == "bytes":
+    if row.peak:
         return f"≤{row.goal / (1 << 20):.0f}M"
     return f"≤{-row.goal:g}x" if row.goal < 0 else f"≥{row.goal:g}x"
 
@@ -68,16 +85,16 @@ def _columns(name: str, *others: str) -> str:
 
 
 def heading() -> str:
-    head = _columns("what", "qchain", "peer", "ratio", "goal", "met")
+    head = _columns("what", "qchain", "peer", "ratio", "cpu", "goal", "met")
     return f"{head}\n{'-' * 79}"
 
 
 def line(row: Row) -> str:
     """One row of the table; its note, if any, on a line of its own."""
-    ratio = "" if row.ratio is None else f"{row.ratio:.1f}x"
     met = {True: "yes", False: "NO", None: ""}[row.met]
-    ours, peer = _amount(row.ours, row.unit), _amount(row.peer, row.unit)
-    text = _columns(row.name, ours, peer, ratio, _goal(row), met).rstrip()
+    ours, peer = _amount(row.ours, row.peak), _amount(row.peer, row.peak)
+    ratios = _times(row.ratio), _times(row.cpu_ratio)
+    text = _columns(row.name, ours, peer, *ratios, _goal(row), met).rstrip()
     return f"{text}\n    {row.note:.75}" if row.note else text
 
 
@@ -93,5 +110,8 @@ def as_json(rows: list[Row], quick: bool) -> dict[str, Any]:
             "python": platform.python_version(),
             "qemu_img": version.stdout.partition("\n")[0],
         },
-        "rows": [asdict(row) | {"ratio": row.ratio, "met": row.met} for row in rows],
+        "rows": [
+            asdict(row) | {"ratio": row.ratio, "cpu_ratio": row.cpu_ratio, "met": row.met}
+            for row in rows
+        ],
     }

@@ -1,4 +1,4 @@
-"""What is measured: groups of rows, each with the images that it needs in a directory of its own."""
+"""What is measured: groups of rows, each with its images in a directory of its own."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ def metadata(directory: Path, quick: bool) -> Iterator[Row]:
         },
         1,
     )
-    qemu = maps["qemu"].seconds
-    yield Row(f"{label} chain, statistics", ours["statistics"].seconds, qemu, 200)
-    yield Row(f"{label} chain, plan", ours["plan"].seconds, qemu, 200)
-    yield Row(f"{label} chain, statistics and plan", ours["both"].seconds, qemu)
-    yield Row(f"{label} chain, 'qchain chain --json'", ours["process"].seconds, qemu, 120)
-    read = ours["read"].seconds
-    yield Row("statistics / reading the L2 tables", ours["statistics"].seconds, read, -2)
-    yield Row(f"{label} chain, 'map --json'", maps["qchain"].seconds, qemu, 5)
+    qemu = maps["qemu"]
+    yield Row(f"{label}, statistics", ours["statistics"], qemu, 200)
+    yield Row(f"{label}, plan", ours["plan"], qemu, 200)
+    yield Row(f"{label}, statistics and plan", ours["both"], qemu)
+    yield Row(f"{label}, 'chain --json'", ours["process"], qemu, 120)
+    read = ours["read"]
+    yield Row("statistics / reading L2 tables", ours["statistics"], read, -2)
+    yield Row(f"{label}, 'map --json'", maps["qchain"], qemu, 5)
     for name in ("statistics", "plan", "process"):
-        yield Row(f"peak memory, {name}", ours[name].peak, None, PEAK, "bytes")
-    yield Row("peak memory, map", maps["qchain"].peak, maps["qemu"].peak, None, "bytes")
+        yield Row(f"peak memory, {name}", ours[name], None, PEAK, peak=True)
+    yield Row("peak memory, map", maps["qchain"], maps["qemu"], None, peak=True)
 
 
 def large(directory: Path, quick: bool) -> Iterator[Row]:
@@ -69,8 +69,8 @@ def large(directory: Path, quick: bool) -> Iterator[Row]:
     active = str(build_big_chain(directory, size)[-1].path)
     for name in ("statistics", "plan"):
         sample = library(name, active)()
-        yield Row(f"{_size(size)} chain, {name}", sample.seconds)
-        yield Row(f"peak memory, {_size(size)}, {name}", sample.peak, None, PEAK, "bytes")
+        yield Row(f"{_size(size)}, {name}", sample)
+        yield Row(f"peak memory, {_size(size)}, {name}", sample, None, PEAK, peak=True)
 
 
 def depth(directory: Path, quick: bool) -> Iterator[Row]:
@@ -85,11 +85,11 @@ def depth(directory: Path, quick: bool) -> Iterator[Row]:
         },
         1 if quick else 3,
     )
-    qemu = found["qemu"].seconds
-    yield Row(f"{layers} layers, 'qchain chain --json'", found["qchain"].seconds, qemu, 15)
-    yield Row(f"{layers} layers, 'qchain map --json'", found["map"].seconds, qemu)
-    yield Row(f"peak memory, {layers} layers", found["qchain"].peak, found["qemu"].peak,
-              None, "bytes")  # fmt: skip
+    qemu = found["qemu"]
+    yield Row(f"{layers} layers, 'chain --json'", found["qchain"], qemu, 15)
+    yield Row(f"{layers} layers, 'map --json'", found["map"], qemu)
+    yield Row(f"peak memory, {layers} layers", found["qchain"], found["qemu"],
+              None, peak=True)  # fmt: skip
 
 
 def contents(directory: Path, quick: bool) -> Iterator[Row]:
@@ -107,7 +107,7 @@ def contents(directory: Path, quick: bool) -> Iterator[Row]:
             },
             repeats,
         )
-        return Row(name, found["qchain"].seconds, found["qemu"].seconds, goal)
+        return Row(name, found["qchain"], found["qemu"], goal)
 
     yield compare("compare, overlays of one base", left, right, 10)
     yield compare("compare, unrelated copies", a, b, 2)
@@ -116,7 +116,7 @@ def contents(directory: Path, quick: bool) -> Iterator[Row]:
         yield Row("sequential reading", None, None, 5, note="dissect.hypervisor is not installed")
     else:
         found = side_by_side({"us": library("read", a), "them": library("dissect", a)}, repeats)
-        yield Row("sequential reading", found["us"].seconds, found["them"].seconds, 5,
+        yield Row("sequential reading", found["us"], found["them"], 5,
                   note="against dissect.hypervisor")  # fmt: skip
 
 
@@ -126,8 +126,7 @@ def _hash(directory: Path, image: Path, repeats: int) -> Row:
     def convert_and_sum() -> Sample:
         raw.unlink(missing_ok=True)
         first = command(QEMU_IMG, "convert", "-f", "qcow2", "-O", "raw", image, raw)()
-        second = command("sha256sum", raw)()
-        return Sample(first.seconds + second.seconds)
+        return first + command("sha256sum", raw)()
 
     found = side_by_side(
         {"qchain": command(QCHAIN, "hash", image), "both": convert_and_sum}, repeats
@@ -137,7 +136,7 @@ def _hash(directory: Path, image: Path, repeats: int) -> Row:
         same = said.stdout.split()[0] == hashlib.file_digest(file, "sha256").hexdigest()
     raw.unlink()
     note = "" if same else "the digests DIFFER"
-    return Row("hash / convert and sha256sum", found["qchain"].seconds, found["both"].seconds, 6,
+    return Row("hash / convert and sha256sum", found["qchain"], found["both"], 6,
                note=note)  # fmt: skip
 
 
@@ -153,9 +152,9 @@ def startup(directory: Path, quick: bool) -> Iterator[Row]:
         },
         5 if quick else 15,
     )
-    peer = found["import"].seconds
-    yield Row("qchain --help / importing libraries", found["help"].seconds, peer, -1)
-    yield Row("qchain info / importing libraries", found["info"].seconds, peer, -1.5)
+    peer = found["import"]
+    yield Row("'qchain --help' / imports", found["help"], peer, -1)
+    yield Row("'qchain info' / imports", found["info"], peer, -1.5)
 
 
 @dataclass(frozen=True)

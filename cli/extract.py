@@ -10,10 +10,10 @@ from typing import Annotated, BinaryIO
 
 import typer
 
-from qchain.errors import QchainError, UsageError
+from qchain.errors import UsageError
 
 from .options import Point, command
-from .output import OutputClosed, absolute, write, write_json
+from .output import NotWritten, OutputClosed, absolute, write, write_json
 
 __all__ = ["extract", "parse_size"]
 
@@ -54,8 +54,7 @@ def extract(
             except BrokenPipeError:
                 raise OutputClosed from None
             except OSError as error:
-                why = f"cannot be written: {(error.strerror or str(error)).lower()}"
-                raise QchainError("output", why, "") from None
+                raise NotWritten(error) from None
             return
     if common.json:
         fields = {"output": absolute(Path(output)), "start": start, "length": count}

@@ -20,7 +20,7 @@ import typer.main
 from qchain.errors import ExitCode, QchainError, Refused
 
 from .options import LATER, Interrupted
-from .output import OutputClosed, note, write, write_error
+from .output import NotWritten, OutputClosed, note, write, write_error
 
 __all__ = ["main"]
 
@@ -122,6 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_error("qchain: interrupted")
         return ExitCode.INTERRUPTED
     except QchainError as error:
+        if isinstance(error, NotWritten):
+            _forget_stdout()
         write_error(f"qchain: {error}")
         return error.exit_code
     except _parsing.ClickException as error:
@@ -163,7 +165,7 @@ def _usage_line(error: Exception) -> str:
 
 
 def _forget_stdout() -> None:
-    """Nobody reads it: let the interpreter's last flush go nowhere."""
+    """Nobody can have it: let the interpreter's last flush go nowhere, and not fail."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, sys.stdout.fileno())

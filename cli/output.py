@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = [
+    "NotWritten",
     "OutputClosed",
     "absolute",
     "console",
@@ -28,12 +29,20 @@ __all__ = [
 ]
 
 
+class NotWritten(QchainError):
+    """stdout cannot be written: a full disk."""
+
+    def __init__(self, error: OSError) -> None:
+        why = f"cannot be written: {(error.strerror or str(error)).lower()}"
+        super().__init__("output", why, "")
+
+
 class OutputClosed(Exception):
     """Whoever read our output has gone away (`qchain map ... | head`)."""
 
 
 def write(text: str) -> None:
-    """`text` to stdout as it is. Raises `OutputClosed`, and `QchainError` on a full disk."""
+    """`text` to stdout as it is. Raises `OutputClosed`, and `NotWritten` on a full disk."""
     if sys.stdout is None:
         raise OutputClosed
     try:
@@ -43,7 +52,7 @@ def write(text: str) -> None:
     except BrokenPipeError:
         raise OutputClosed from None
     except OSError as error:
-        raise _not_written(error) from None
+        raise NotWritten(error) from None
 
 
 def write_ascii(text: bytes) -> None:
@@ -58,11 +67,7 @@ def write_ascii(text: bytes) -> None:
     except BrokenPipeError:
         raise OutputClosed from None
     except OSError as error:
-        raise _not_written(error) from None
-
-
-def _not_written(error: OSError) -> QchainError:
-    return QchainError("output", f"cannot be written: {(error.strerror or str(error)).lower()}", "")
+        raise NotWritten(error) from None
 
 
 def write_json(document: object) -> None:

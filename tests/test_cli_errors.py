@@ -192,11 +192,14 @@ def test_a_reader_that_goes_away(tmp_path: Path) -> None:
     assert err in (b"", None)
 
 
-def test_a_full_disk_for_output(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", ["chain --json", "map --json", "extract -o -"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_for_output(tmp_path: Path, words: str, unbuffered: str) -> None:
     path = build_chain(tmp_path, ["64k:A"]).active
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [COMMAND, "chain", "--json", path],
+            [COMMAND, *words.split(), path],
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,

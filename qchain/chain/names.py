@@ -115,8 +115,10 @@ def _from_json(text: str, fmt: str | None, overlay: Path) -> BackingFile:
         raise refuse("names no format")
     if driver is not None and fmt is not None and driver != fmt:
         raise refuse(f"says format {driver!r}, but {fmt!r} is recorded")
-    filename = str(file["filename"]).removeprefix("file:")
-    return BackingFile(_absolute(filename, "json:" + text, overlay), driver or fmt, False)
+    # To qemu a prefix 'file:' here is part of the file's own name.
+    return BackingFile(
+        _absolute(str(file["filename"]), "json:" + text, overlay), driver or fmt, False
+    )
 
 
 def _flatten(
