@@ -21,7 +21,8 @@ class Row:
     """One measurement, against a peer's or not.
 
     `goal`: the least peer/ours; negative, the most ours/peer. With `peak` it is not the times
-    that count but the peak memory, and the goal is the most bytes.
+    that count but the peak memory, and the goal is the most bytes. `judged`: the goal is meant
+    for images of this size.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Row:
     goal: float | None = None
     peak: bool = False
     note: str = ""
+    judged: bool = True
 
     def _ratio(self, value: Callable[[Sample], float]) -> float | None:
         if self.ours is None or self.peer is None:
@@ -54,7 +56,7 @@ class Row:
         value = self.ratio
         if self.peak and self.ours is not None:
             value = self.ours.peak
-        if self.goal is None or value is None:
+        if self.goal is None or value is None or not self.judged:
             return None
         at_most = self.peak or self.goal < 0
         return value <= abs(self.goal) if at_most else value >= self.goal
@@ -71,7 +73,7 @@ def _times(ratio: float | None) -> str:
 
 
 def _goal(row: Row) -> str:
-    if row.goal is None:
+    if row.goal is None or not row.judged:
         return ""
     if row.peak:
         return f"≤{row.goal / (1 << 20):.0f}M"
