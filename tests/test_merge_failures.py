@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from fixtures.build import build_layer
 from fixtures.language import parse_layer
 from fixtures.oracle import raw_of
 from qchain.chain.chain import open_chain
+from qchain.chain.gate import Gate
 from qchain.errors import ExitCode, FailedMidway
 from qchain.plan.options import MergeOptions
 from qchain.plan.plan import Plan, make_plan
@@ -286,8 +288,6 @@ def small_filesystem(at: Path) -> Iterator[Path]:
 
 
 def can_mount() -> bool:
-    import tempfile
-
     if os.getuid() != 0:
         return False
     with tempfile.TemporaryDirectory() as scratch:
@@ -311,7 +311,8 @@ def fill(path: Path) -> None:
 FULL_AT = [(merge, n) for merge in (PULL, FLAT, COMMIT, BOTH, ABOVE_PULL) for n in (0, 1, 2, 3)]
 
 
-@pytest.mark.parametrize(("merge", "moment"), FULL_AT if can_mount() else [], ids=str)
+@pytest.mark.skipif(not can_mount(), reason="needs root and loop devices")
+@pytest.mark.parametrize(("merge", "moment"), FULL_AT, ids=str)
 def test_the_disk_becomes_full(tmp_path: Path, merge: Merge, moment: int) -> None:
     """Full from before the nth command of qemu-img on (or the merge was over by then)."""
     with small_filesystem(tmp_path) as mount:
@@ -357,8 +358,6 @@ def test_a_backing_name_that_no_header_holds(tmp_path: Path) -> None:
         check=True,
     )
     before = {path: raw_of(path) for path in (top, mid, longer)}
-    from qchain.chain.gate import Gate
-
     with open_chain(top, Gate(allow=(tmp_path,))) as chain:
         plan = make_plan(chain, Request(drop=(str(mid),)), MergeOptions(strategy="pull"))
         if not plan.refusals:

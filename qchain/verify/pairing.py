@@ -35,10 +35,16 @@ class Pairs:
     zero: npt.NDArray[np.bool_]
 
 
+def _place(layer: Layer) -> tuple[FileId, FileId | None]:
+    encrypted = layer.header is not None and layer.header.crypt_method != 0
+    return layer.data.id, layer.file.id if encrypted else None
+
+
 def _files(a: Sequence[Layer], b: Sequence[Layer]) -> tuple[npt.NDArray[np.int64], ...]:
-    numbers: dict[FileId, int] = {}
+    # Decrypted data is not what lies at that place: whose key it was is part of the place.
+    numbers: dict[tuple[FileId, FileId | None], int] = {}
     return tuple(
-        np.array([numbers.setdefault(layer.data.id, len(numbers)) for layer in side], np.int64)
+        np.array([numbers.setdefault(_place(layer), len(numbers)) for layer in side], np.int64)
         for side in (a, b)
     )
 
