@@ -94,23 +94,27 @@ def depth(directory: Path, quick: bool) -> Iterator[Row]:
 
 def contents(directory: Path, quick: bool) -> Iterator[Row]:
     """Comparing, hashing and reading real data that lies in the page cache."""
-    size = 256 * _MIB if quick else 2 * _GIB
+    size = 256 * _MIB if quick else 5 * _GIB
     repeats = 3
     a, b = copies(directory, size)
     left, right = overlays(a, size)
 
-    def compare(name: str, x: Path, y: Path, goal: float) -> Row:
+    def compare(name: str, x: Path, y: Path, goal: float) -> Iterator[Row]:
         found = side_by_side(
             {
+                "library": library("compare", x, y),
                 "qchain": command(QCHAIN, "compare", x, y),
                 "qemu": command(QEMU_IMG, "compare", "-f", "qcow2", "-F", "qcow2", x, y),
             },
             repeats,
         )
-        return Row(name, found["qchain"], found["qemu"], goal)
+        yield Row(f"{name}, library", found["library"], found["qemu"], goal)
+        yield Row(f"{name}, command", found["qchain"], found["qemu"], goal)
 
-    yield compare("compare, overlays of one base", left, right, 10)
-    yield compare("compare, unrelated copies", a, b, 2)
+    yield from compare("compare, shared base", left, right, 10)
+    yield from compare("compare, unrelated", a, b, 2)
+    for path in (left, right, b):
+        path.unlink()
     yield _hash(directory, a, repeats)
     if importlib.util.find_spec("dissect") is None:
         yield Row("sequential reading", None, None, 5, note="dissect.hypervisor is not installed")

@@ -1,4 +1,4 @@
-"""One call of the library, timed without start-up: `python -m benchmarks.worker TASK IMAGE`.
+"""One call of the library, timed without start-up: `python -m benchmarks.worker TASK IMAGE...`.
 
 Prints {"seconds": float, "cpu": float}. The chain is opened before the clocks start.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from qchain.chain.chain import Chain, open_chain
 from qchain.chain.gate import Gate
 from qchain.chain.layer import Qcow2Layer
+from qchain.verify.compare import Comparison, compare
 
 _PIECE = 1 << 20
 
@@ -61,7 +62,7 @@ def _read(chain: Chain) -> None:
 
 def _dissect(path: Path) -> None:
     """The same through dissect.hypervisor; a single image without a backing file."""
-    from dissect.hypervisor.disk.qcow2 import QCow2
+    from dissect.hypervisor.disk.qcow2 import QCow2  # type: ignore[import-not-found]
 
     with path.open("rb") as file:
         disk = QCow2(file)
@@ -79,6 +80,10 @@ _TASKS: dict[str, Callable[[Chain], None]] = {
 }
 
 
+def _same(found: Comparison) -> None:
+    assert found.identical
+
+
 def _timed(call: Callable[[], None]) -> dict[str, float]:
     start, cpu = time.perf_counter(), time.process_time()
     call()
@@ -87,7 +92,10 @@ def _timed(call: Callable[[], None]) -> dict[str, float]:
 
 def main() -> None:
     task, path = sys.argv[1], Path(sys.argv[2])
-    if task == "dissect":
+    if task == "compare":
+        with open_chain(path, Gate()) as a, open_chain(Path(sys.argv[3]), Gate()) as b:
+            spent = _timed(lambda: _same(compare(a.layers, b.layers)))
+    elif task == "dissect":
         spent = _timed(lambda: _dissect(path))
     else:
         # What a task imports is start-up.

@@ -1,1 +1,1 @@
-
+"""Do it: qemu-img, locks, journal, recovery."""

@@ -1,1 +1,1 @@
-
+"""Do two chains read the same?"""
