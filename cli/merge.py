@@ -114,4 +114,4 @@ def _result_text(result: MergeResult) -> str:
     if result.mode == "none":
         return took + "not verified, as asked.\n"
     compared = size_text(result.compared_bytes)
-    return took + f"verified ({result.mode}): {compared} compared, every kept point identical.\n"
+    return took + f"verified ({result.mode}): {compared} compared, all identical.\n"

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
-from qchain.errors import QchainError, UsageError, printable
+from qchain.errors import QchainError, Refused, UsageError, printable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,12 +76,34 @@ def write_json(document: object) -> None:
 
 
 def save_json(document: object, path: Path) -> None:
-    """The document into a file. Raises `UsageError` when it cannot be written."""
+    """The document into a file: a new one, or one that holds such a document already.
+
+    Raises: `Refused` for any other file (it might be an image of the chain), `UsageError`
+        when it cannot be written.
+    """
     try:
-        path.write_text(json.dumps(document, indent=2) + "\n", "ascii")
+        mode = "w" if _is_plan(path) else "x"
+        with path.open(mode, encoding="ascii") as file:
+            file.write(json.dumps(document, indent=2) + "\n")
+    except FileExistsError:
+        raise Refused(path, "exists already and is no plan", "name another file") from None
     except (OSError, ValueError) as error:
         why = (getattr(error, "strerror", None) or str(error)).lower()
         raise UsageError(path, why, "name a file that can be written") from None
+
+
+def _is_plan(path: Path) -> bool:
+    """Whether a regular file holds a plan. Anything else is not ours to write over."""
+    if not path.is_file() or path.is_symlink() or path.stat().st_size > 1 << 28:
+        return False
+    with path.open("rb") as file:
+        if file.read(1) != b"{":
+            return False
+    try:
+        document = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and {"active", "groups", "steps"} <= document.keys()
 
 
 def note(text: str) -> None:

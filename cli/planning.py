@@ -143,7 +143,7 @@ def show_plan(plan: Plan, stderr: bool = False) -> None:
         _show_group(out, plan, group, fields)
     if plan.steps and not stderr:
         out.print()
-        out.print(safe(f"{len(plan.steps)} steps; --dry-run prints them as commands."))
+        out.print(safe(f"{len(plan.steps)} steps; --dry-run prints the commands."))
 
 
 def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, Any]) -> None:

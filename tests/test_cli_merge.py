@@ -232,3 +232,22 @@ def test_a_qemu_img_that_fails(disk: Disk, tmp_path: Path) -> None:
     missing = command("merge", "--yes", *DROP, disk.active, QCHAIN_QEMU_IMG="/none/qemu-img")
     assert "/none/qemu-img" in missing.fails(4)
     untouched(disk)
+
+
+@pytest.mark.parametrize("name", ["base.qcow2", "l1.qcow2", "notes.txt"])
+@pytest.mark.parametrize("words", [("plan",), ("merge", "--yes"), ("merge", "--dry-run")])
+def test_a_plan_is_never_written_over_another_file(
+    tmp_path: Path, name: str, words: tuple[str, ...]
+) -> None:
+    active = build(tmp_path, ["64k:A", "64k:B", "64k:C"]).active
+    (tmp_path / "notes.txt").write_text("{mine}")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    result = run(words[0], active, "--drop", "l1.qcow2", *words[1:], "-o", tmp_path / name)
+    assert "exists already" in result.err and result.code == 3
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_plan_may_be_written_over_an_older_one(tmp_path: Path) -> None:
+    active = build(tmp_path, ["64k:A", "64k:B", "64k:C"]).active
+    for _ in range(2):
+        assert run("plan", active, "--flatten", "-o", tmp_path / "p.json").code == 0

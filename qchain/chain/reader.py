@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import numpy as np
 import numpy.typing as npt
 
 from qchain.chain.layer import Layer, Qcow2Layer
-from qchain.chain.ownership import workers
+from qchain.chain.parallel import thread_pool, workers
 from qchain.chain.resolve import Runs, runs
 from qchain.errors import DataError, Unsupported
 from qchain.qcow2.compression import decompress
@@ -152,7 +152,7 @@ def pieces(
         return Piece(low, high - low, data)
 
     waiting: list[Future[Piece] | Piece] = []
-    with ThreadPoolExecutor(workers()) as pool:
+    with thread_pool() as pool:
 
         def take() -> Piece:
             first = waiting.pop(0)

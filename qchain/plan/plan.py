@@ -119,7 +119,10 @@ def reason(layers: Sequence[Layer], plan: GroupPlan) -> str:
     best = min(others, key=lambda c: (c.seconds, c.write_bytes))
     assert best.target is not None
     other = layers[best.target].path.name
-    return f"{said}; {best.strategy} into {other} would move {_human(best.write_bytes)}"
+    return (
+        f"{said} (estimated {chosen.seconds:.2g} s); {best.strategy} into {other} would move "
+        f"{_human(best.write_bytes)} ({best.seconds:.2g} s)"
+    )
 
 
 def make_plan(

@@ -11,14 +11,14 @@ All targets are counted in one pass over the maps.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from qchain.chain.layer import Layer, Masks, Qcow2Layer
-from qchain.chain.ownership import unify, workers
+from qchain.chain.ownership import unify
+from qchain.chain.parallel import thread_pool
 from qchain.chain.resolve import windows
 
 __all__ = ["Traffic", "commit_granularity", "count_traffic"]
@@ -302,7 +302,7 @@ def count_traffic(
             return None
         return window.traffic(targets, tables)
 
-    with ThreadPoolExecutor(workers()) as pool:
+    with thread_pool() as pool:
         for (_, end), found in zip(spans, pool.map(one, spans), strict=True):
             for total, part in zip(totals, found or (), strict=False):
                 total.add(part)

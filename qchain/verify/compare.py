@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from qchain.chain.layer import Layer
-from qchain.chain.ownership import workers
+from qchain.chain.parallel import thread_pool, workers
 from qchain.chain.reader import fill, require_content
 from qchain.chain.resolve import Runs
 from qchain.qcow2.entries import Kind
@@ -194,7 +194,7 @@ def compare(
     size = max(a[0].size, b[0].size)
     waiting: list[tuple[int, Future[_Found]]] = []
 
-    with ThreadPoolExecutor(workers()) as pool:
+    with thread_pool() as pool:
 
         def settle(limit: int) -> None:
             while len(waiting) > limit:
