@@ -291,6 +291,15 @@ def test_missing_and_unnamed(tmp_path: Path) -> None:
         ours(image)
 
 
+@pytest.mark.parametrize("start", ["0", "64k"])
+@pytest.mark.parametrize("how", ["-z", "-z -u", "-P 0"])
+def test_zeroes_at_offset_zero(how: str, start: str, tmp_path: Path) -> None:
+    """Offset 0 with COPIED is a place of data, but a zero cluster with it has none."""
+    image = make(tmp_path / "a.qcow2", "1M")
+    qemu_io(image, [f"write -q -P 7 {start} 64k", f"write -q {how} {start} 64k"], "qcow2")
+    assert_as_qemu(image)
+
+
 def test_a_missing_data_file_never_reads_as_zeroes(tmp_path: Path) -> None:
     """`missing_zero` is for backing files: a data file is the image itself."""
     image = make(tmp_path / "a.qcow2", "1M")

@@ -65,7 +65,9 @@ def expected_standard(
     entry = parse(word, cluster_bits)
     if entry.compressed:
         return (Kind.INVALID if data_file else Kind.COMPRESSED), word & ((1 << 62) - 1)
-    host = entry.body.offset if has_host(entry, data_file) else NO_HOST
+    # A zero cluster at offset 0 has no place, not even in a data file.
+    somewhere = has_host(entry, data_file and not entry.body.zero)
+    host = entry.body.offset if somewhere else NO_HOST
     if entry.body.offset % (1 << cluster_bits):
         return Kind.INVALID, host
     if entry.body.zero:

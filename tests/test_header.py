@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import random
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fixtures.oracle import qemu_img, qemu_info
 from qchain.hostfile import HostFile
 from qchain.qcow2 import structures
 from qchain.qcow2.bitmaps import read_bitmaps
@@ -31,19 +31,6 @@ from qchain.qcow2.snapshots import read_snapshots
 U64 = st.integers(0, 2**64 - 1)
 U32 = st.integers(0, 2**32 - 1)
 U16 = st.integers(0, 2**16 - 1)
-
-
-def qemu_img(*arguments: object, cwd: Path | None = None) -> str:
-    """Run qemu-img; its standard output."""
-    done = subprocess.run(
-        ["qemu-img", *map(str, arguments)], capture_output=True, text=True, cwd=cwd
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def qemu_info(image: Path) -> dict[str, Any]:
-    return json.loads(qemu_img("info", "--output=json", image))
 
 
 def header_of(image: Path) -> Header:

@@ -129,7 +129,8 @@ def decode_standard(
     zero = (entries & np.uint64(ZERO)) != 0
     has_offset = offset != 0
     if data_file:
-        has_offset |= (entries & np.uint64(COPIED)) != 0
+        # Offset 0 with COPIED is a place there; but a zero cluster at offset 0 is plain.
+        has_offset |= ((entries & np.uint64(COPIED)) != 0) & ~zero
     kind = has_offset.astype(np.uint8)
     kind[zero] = Kind.ZERO if version >= 3 else Kind.INVALID
     unaligned = (offset & np.uint64((1 << cluster_bits) - 1)) != 0
