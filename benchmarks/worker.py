@@ -92,13 +92,15 @@ def _timed(call: Callable[[], None]) -> dict[str, float]:
 
 def main() -> None:
     task, path = sys.argv[1], Path(sys.argv[2])
+    # What a task imports is start-up.
+    import concurrent.futures.thread  # noqa: F401
+
     if task == "compare":
         with open_chain(path, Gate()) as a, open_chain(Path(sys.argv[3]), Gate()) as b:
             spent = _timed(lambda: _same(compare(a.layers, b.layers)))
     elif task == "dissect":
         spent = _timed(lambda: _dissect(path))
     else:
-        # What a task imports is start-up.
         from qchain.chain import ownership, reader  # noqa: F401
         from qchain.plan import plan  # noqa: F401
 

@@ -247,10 +247,10 @@ def test_one_table_is_counted_once(tmp_path: Path) -> None:
 
 
 def test_progress(tmp_path: Path) -> None:
-    built = build_chain(tmp_path, ["[size=200M cluster=512] 1k:A", "100M:- 1k:B"])
+    built = build_chain(tmp_path, ["[size=1200M cluster=512] 1k:A", "600M:- 1k:B"])
     seen: list[tuple[int, int]] = []
     with open_chain(built.active) as chain:
         count_traffic(chain.layers, [0, 1], progress=lambda *at: seen.append(at))
     assert len(seen) > 1
     assert seen == sorted(seen)
-    assert seen[-1] == (200 << 20, 200 << 20)
+    assert seen[-1] == (1200 << 20, 1200 << 20)

@@ -13,7 +13,6 @@ from qchain.errors import ImageError, QchainError, Unsupported
 from qchain.hostfile import FileId, HostFile
 from qchain.qcow2.foreign import foreign_format, is_qcow2
 from qchain.qcow2.header import read_header
-from qchain.qcow2.luks import read_luks_header, unlock
 
 __all__ = ["Chain", "FormatNotRecorded", "named_format", "open_chain", "open_layer"]
 
@@ -105,6 +104,9 @@ def open_layer(
     try:
         layer = Qcow2Layer(path, file, header, data_file, snapshot)
         if gate.secret is not None:
+            # Imported late: few images are encrypted.
+            from qchain.qcow2.luks import read_luks_header, unlock
+
             luks = read_luks_header(file, header)
             layer.cipher = None if luks is None else unlock(file, luks, gate.secret)
         return layer

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from qchain.chain.layer import Layer, Qcow2Layer
 from qchain.chain.ownership import layer_masks
 from qchain.chain.parallel import in_order
-from qchain.chain.resolve import windows
+from qchain.chain.resolve import mask_windows, windows
 from qchain.qcow2.entries import Kind
 
 __all__ = ["ClusterCounts", "count_clusters", "owned_by_region"]
@@ -100,7 +100,7 @@ def owned_by_region(layers: Sequence[Layer], regions: int) -> npt.NDArray[np.flo
             for index, unit, mask in _owned(layers, start, end)
         ]
 
-    for found in in_order(window, list(windows(layers))):
+    for found in in_order(window, list(mask_windows(layers))):
         for index, first, amounts in found:
             out[index, first : first + len(amounts)] += amounts
     return out

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +28,11 @@ from qchain.qcow2.entries import (
     zero_standard,
 )
 from qchain.qcow2.header import Header
-from qchain.qcow2.luks import LuksCipher
 from qchain.qcow2.snapshots import find_snapshot
 from qchain.qcow2.tables import MapTables
+
+if TYPE_CHECKING:
+    from qchain.qcow2.luks import LuksCipher
 
 __all__ = ["Backing", "Cells", "Layer", "Masks", "Qcow2Layer", "RawLayer"]
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from qchain.chain.layer import Layer, Masks
 from qchain.chain.parallel import in_order, workers
-from qchain.chain.resolve import windows
+from qchain.chain.resolve import mask_windows, windows
 
 __all__ = ["Ownership", "layer_masks", "ownership", "unify", "workers"]
 
@@ -121,7 +121,7 @@ def ownership(
     """
     sums = np.zeros((len(layers), 2), np.int64)
     size = layers[0].size
-    spans = list(windows(layers))
+    spans = list(mask_windows(layers))
     answers = in_order(lambda span: _window(layers, *span), spans)
     for (_, end), counts in zip(spans, answers, strict=True):
         for index, pair in counts.items():

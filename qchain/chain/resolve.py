@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +21,14 @@ from qchain.chain.layer import Cells, Layer
 from qchain.errors import DataError
 from qchain.qcow2.entries import NO_HOST, Kind
 
-__all__ = ["ALIGNMENT", "Runs", "resolve", "runs", "windows"]
+__all__ = ["ALIGNMENT", "Runs", "mask_windows", "resolve", "runs", "windows"]
 
 ALIGNMENT = 2 << 20
 """Windows start at multiples of the largest cluster size."""
 _CELLS = 1 << 17
+_MASK_CELLS = 1 << 21
+
+Windows: TypeAlias = Iterator[tuple[int, int]]
 
 
 @dataclass(slots=True)
@@ -80,17 +84,17 @@ class Runs:
 
 
 def windows(
-    layers: Sequence[Layer], start: int = 0, end: int | None = None
-) -> Iterator[tuple[int, int]]:
+    layers: Sequence[Layer], start: int = 0, end: int | None = None, cells: int = _CELLS
+) -> Windows:
     """Cut [start, end) of the disk of `layers` (active first) into windows.
 
-    About `_CELLS` cells of the finest layer each, so that memory stays the same
+    About `cells` cells of the finest layer each, so that memory stays the same
     whatever the disk's size. An unaligned end of a layer gets a small window of its
     own, so that fine cells are needed only there.
     """
     size = layers[0].size
     end = size if end is None else min(end, size)
-    step = max(ALIGNMENT, min(layer.granularity for layer in layers) * _CELLS)
+    step = max(ALIGNMENT, min(layer.granularity for layer in layers) * cells)
     cuts = {
         cut
         for layer in layers
@@ -108,6 +112,16 @@ def windows(
             stop = min(cut, (position // step + 1) * step)
             yield position, stop
             position = stop
+
+
+def mask_windows(layers: Sequence[Layer], start: int = 0, end: int | None = None) -> Windows:
+    """As `windows`, larger: for where a cell costs a few bits of each layer and no more.
+
+    The cells of all layers together are bounded, so that depth costs no memory either.
+    """
+    share = max(_MASK_CELLS // len(layers), _CELLS // 2)
+    cells = min(1 << share.bit_length() - 1, 4 * _CELLS)
+    return windows(layers, start, end, cells)
 
 
 def resolve(layers: Sequence[Layer], start: int, end: int) -> tuple[npt.NDArray[np.int32], Cells]:

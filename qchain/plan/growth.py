@@ -40,10 +40,11 @@ def room_of(layer: Layer) -> Room:
     assert header is not None
     end = used = 0
     for first, counts in refcount_blocks(layer.file, header):
-        taken = np.flatnonzero(counts)
-        if len(taken):
-            end = first + int(taken[-1]) + 1
-            used += len(taken)
+        taken = counts != 0
+        count = int(np.count_nonzero(taken))
+        if count:
+            end = first + len(taken) - int(np.argmax(taken[::-1]))
+            used += count
     per_block = header.cluster_size * 8 // header.refcount_bits
     covered = len(read_refcount_table(layer.file, header)) * per_block
     table = header.refcount_table_clusters * header.cluster_size // 8

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from qchain.chain.layer import Layer, Masks, Qcow2Layer
 from qchain.chain.ownership import unify
 from qchain.chain.parallel import thread_pool
-from qchain.chain.resolve import windows
+from qchain.chain.resolve import mask_windows
 
 __all__ = ["Traffic", "commit_granularity", "count_traffic"]
 
@@ -292,7 +292,7 @@ def count_traffic(
     longest = max(layers, key=lambda layer: layer.size)
     size = longest.size
     finest = min(layers, key=lambda layer: layer.granularity)
-    spans = list(windows([longest, finest, *layers], 0, size))
+    spans = list(mask_windows([longest, finest, *layers], 0, size))
     totals = [Traffic() for _ in targets]
     tables = [_Tables(layers[target], layers[0].size) for target in targets]
 

@@ -6,6 +6,7 @@ inode and offset, unless it is told to (`everything`).
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -24,9 +25,11 @@ from qchain.verify.pairing import Pairs, pair_up
 __all__ = ["Comparison", "compare"]
 
 BATCH = 4 << 20
-"""Guest bytes that a thread is given at once."""
-_STEP = 256 << 10
-"""Of a long run, bytes read and compared at once: both sides stay in a core's cache."""
+"""Guest bytes of short runs that a thread is given at once."""
+_LONG = 8 << 20
+"""The same of one long run, which is read in steps."""
+_STEP = 2 << 20
+"""Of a long run, bytes read and compared at once: both sides stay in the cache."""
 SECTOR = 512
 MAX_RANGES = 1 << 20
 
@@ -152,24 +155,30 @@ def _equal(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> bool:
 
 
 def _batches(pairs: Pairs, wanted: npt.NDArray[np.bool_]) -> Iterator[tuple[Runs, Runs]]:
-    """Cut what is wanted into batches of about `BATCH` bytes."""
+    """Cut what is wanted into batches: long runs alone, short ones many at once."""
     index = np.flatnonzero(wanted)
     if not len(index):
         return
     a, b = _take(pairs.a, index), _take(pairs.b, index)
-    ends = np.cumsum(a.length)
-    position = 0
-    total = int(ends[-1])
-    while position < total:
-        stop = min(position + BATCH, total)
-        first = int(np.searchsorted(ends, position, "right"))
-        last = int(np.searchsorted(ends, stop, "left")) + 1
-        before = int(ends[first] - a.length[first])
-        low = int(a.start[first]) + position - before
-        high = int(a.start[last - 1] + a.length[last - 1] - (ends[last - 1] - stop))
+    long = a.length >= _STEP
+    edges = [0, *(np.flatnonzero(long[1:] | long[:-1]) + 1).tolist(), len(a)]
+    for first, last in itertools.pairwise(edges):
         pick = np.arange(first, last)
-        yield _take(a, pick).clip(low, high), _take(b, pick).clip(low, high)
-        position = stop
+        left, right = _take(a, pick), _take(b, pick)
+        ends = np.cumsum(left.length)
+        size = _LONG if long[first] else BATCH
+        for position in range(0, int(ends[-1]), size):
+            yield _part(left, ends, position, size), _part(right, ends, position, size)
+
+
+def _part(table: Runs, ends: npt.NDArray[np.int64], position: int, size: int) -> Runs:
+    """`size` bytes of the runs put end to end, from `position` on; `ends`: where each ends."""
+    stop = min(position + size, int(ends[-1]))
+    first = int(np.searchsorted(ends, position, "right"))
+    last = int(np.searchsorted(ends, stop, "left")) + 1
+    low = int(table.start[first] + table.length[first] - ends[first]) + position
+    high = int(table.start[last - 1] + table.length[last - 1] - ends[last - 1]) + stop
+    return _take(table, np.arange(first, last)).clip(low, high)
 
 
 def compare(
