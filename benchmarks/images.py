@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.measure import QEMU_IMG
 
-__all__ = ["copies", "overlays"]
+__all__ = ["copies", "filled", "overlays"]
 
 _MIB = 1 << 20
 
@@ -37,6 +37,24 @@ def copies(directory: Path, size: int) -> tuple[Path, Path]:
     raw.unlink()
     _qemu_img("convert", "-f", "qcow2", "-O", "qcow2", a, b)
     return a, b
+
+
+def filled(path: Path, size: int) -> Path:
+    """A qcow2 image of `size` bytes with data, the same in each 16 MiB; every eighth is a hole."""
+    _qemu_img("create", "-q", "-f", "qcow2", path, str(size))
+    script = "".join(
+        f"write -q -P {1 + at // (16 * _MIB) % 250} {at} {min(16 * _MIB, size - at)}\n"
+        for at in range(0, size, 16 * _MIB)
+        if at // (16 * _MIB) % 8 != 7
+    )
+    subprocess.run(
+        ["qemu-io", "-f", "qcow2", str(path)],
+        input=script,
+        text=True,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return path
 
 
 def overlays(base: Path, size: int) -> tuple[Path, Path]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.images import copies, overlays
+from benchmarks.images import copies, filled, overlays
 from benchmarks.measure import QCHAIN, QEMU_IMG, Sample, command, library, side_by_side
 from benchmarks.report import Row
 from fixtures.bigmeta import build_big_chain
@@ -99,20 +99,8 @@ def contents(directory: Path, quick: bool) -> Iterator[Row]:
     a, b = copies(directory, size)
     left, right = overlays(a, size)
 
-    def compare(name: str, x: Path, y: Path, goal: float) -> Iterator[Row]:
-        found = side_by_side(
-            {
-                "library": library("compare", x, y),
-                "qchain": command(QCHAIN, "compare", x, y),
-                "qemu": command(QEMU_IMG, "compare", "-f", "qcow2", "-F", "qcow2", x, y),
-            },
-            repeats,
-        )
-        yield Row(f"{name}, library", found["library"], found["qemu"], goal)
-        yield Row(f"{name}, command", found["qchain"], found["qemu"], goal)
-
-    yield from compare("compare, shared base", left, right, 10)
-    yield from compare("compare, unrelated", a, b, 2)
+    yield from _compare("compare, shared base", left, right, repeats, library_goal=10)
+    yield from _compare("compare, unrelated", a, b, repeats, library_goal=2, command_goal=2)
     for path in (left, right, b):
         path.unlink()
     yield _hash(directory, a, repeats)
@@ -122,6 +110,34 @@ def contents(directory: Path, quick: bool) -> Iterator[Row]:
         found = side_by_side({"us": library("read", a), "them": library("dissect", a)}, repeats)
         yield Row("sequential reading", found["us"], found["them"], 5,
                   note="against dissect.hypervisor")  # fmt: skip
+
+
+def shared(directory: Path, quick: bool) -> Iterator[Row]:
+    """Two clones of a template: so large a disk that start-up is a small part."""
+    size = 256 * _MIB if quick else 14 * _GIB
+    base = filled(directory / "template.qcow2", size)
+    name = f"clones of {_size(size)}" if not quick else "clones"
+    yield from _compare(name, *overlays(base, size), 3, library_goal=10, command_goal=10)
+
+
+def _compare(
+    name: str,
+    x: Path,
+    y: Path,
+    repeats: int,
+    library_goal: float,
+    command_goal: float | None = None,
+) -> Iterator[Row]:
+    found = side_by_side(
+        {
+            "library": library("compare", x, y),
+            "qchain": command(QCHAIN, "compare", x, y),
+            "qemu": command(QEMU_IMG, "compare", "-f", "qcow2", "-F", "qcow2", x, y),
+        },
+        repeats,
+    )
+    yield Row(f"{name}, library", found["library"], found["qemu"], library_goal)
+    yield Row(f"{name}, command", found["qchain"], found["qemu"], command_goal)
 
 
 def _hash(directory: Path, image: Path, repeats: int) -> Row:
@@ -170,5 +186,5 @@ class Named:
 
 
 GROUPS = tuple(
-    Named(group.__name__, group) for group in (startup, contents, depth, metadata, large)
+    Named(group.__name__, group) for group in (startup, contents, shared, depth, metadata, large)
 )

@@ -66,7 +66,10 @@ chmod +x .venv/bin/python""",
 
 
 APT = "apt-get install -y -qq --no-install-recommends -o Dpkg::Use-Pty=0"
-INSTALL = "pip -m pip install --quiet --disable-pip-version-check -e .[dev]"
+INSTALL = [
+    "pip -m pip install --quiet --disable-pip-version-check -e .[dev]",
+    "pip -m compileall -q qchain cli",
+]
 
 
 def test_a_bare_machine_gets_packages_and_environment_once(tmp_path: Path) -> None:
@@ -77,7 +80,7 @@ def test_a_bare_machine_gets_packages_and_environment_once(tmp_path: Path) -> No
     # What lies in /usr/sbin is found too, so some may be there already.
     assert calls[1].startswith(f"{APT} qemu-utils")
     assert set(calls[1].removeprefix(APT).split()) <= {"qemu-utils", "e2fsprogs", "fdisk"}
-    assert calls[2:] == ["python3 -m venv --clear .venv", INSTALL]
+    assert calls[2:] == ["python3 -m venv --clear .venv", *INSTALL]
     assert machine.setup() == (0, [], "")
 
 
@@ -86,7 +89,7 @@ def test_only_what_changed_is_done_again(tmp_path: Path) -> None:
     machine.setup()
     (machine.checkout / "pyproject.toml").write_text("[project] # changed\n")
     code, calls, _ = machine.setup()
-    assert code == 0 and calls == ["pip -m pip --version", INSTALL]
+    assert code == 0 and calls == ["pip -m pip --version", *INSTALL]
     (machine.bin / "strace").unlink()
     assert machine.setup() == (0, [], "")
     code, calls, _ = machine.setup("tests")
@@ -100,7 +103,7 @@ def test_a_checkout_that_was_moved_gets_a_new_environment(tmp_path: Path) -> Non
     machine.setup()
     machine.checkout = machine.checkout.rename(tmp_path / "elsewhere")
     code, calls, _ = machine.setup()
-    assert code == 0 and calls == ["python3 -m venv --clear .venv", INSTALL]
+    assert code == 0 and calls == ["python3 -m venv --clear .venv", *INSTALL]
 
 
 def test_an_installation_that_failed_is_not_taken_for_done(tmp_path: Path) -> None:
@@ -113,7 +116,7 @@ def test_an_installation_that_failed_is_not_taken_for_done(tmp_path: Path) -> No
     assert machine.setup()[0] != 0
     python.write_text(works)
     code, calls, _ = machine.setup()
-    assert code == 0 and INSTALL in calls
+    assert code == 0 and INSTALL[0] in calls
 
 
 def test_a_user_needs_sudo(tmp_path: Path) -> None:
