@@ -83,26 +83,59 @@ def has_table(path: Path, table: int) -> bool:
         return bool(struct.unpack(">Q", file.read(8))[0] & 0x00FFFFFFFFFFFE00)
 
 
-def model(layers: Sequence[Cells], target: int, below_size: int) -> Traffic:
+def zeroed(kept: Path, dirty: set[int], granularity: int, cluster: int, size: int) -> set[int]:
+    """The pieces that a commit writes as zeroes: one extent without data, whole clusters."""
+    out: set[int] = set()
+    for extent in qemu_map(kept):
+        if extent["data"]:
+            continue
+        end = min(extent["start"] + extent["length"], size // granularity * granularity)
+        inside = range(-(-extent["start"] // granularity), end // granularity)
+        run: list[int] = []
+        for piece in [*inside, None]:
+            if piece is not None and piece in dirty:
+                run.append(piece)
+                continue
+            if run and run[0] * granularity % cluster == 0:
+                out.update(run if (run[-1] + 1) * granularity % cluster == 0 else [])
+            run = []
+    return out
+
+
+def model(layers: Sequence[Cells], target: int, below_size: int | None) -> Traffic:
     """The docstrings, cell by cell. `layers`: the group, the kept image first."""
     limit = layers[0].sectors
     inside = set(range(limit))
     mine = layers[target]
     above = union([layer.allocated for layer in layers[:target]]) & inside
     cluster = mine.spec.cluster_size
-    granularity = 65536 if mine.spec.format == "raw" else min(max(cluster, 4096), 65536)
+    raw = mine.spec.format == "raw"
+    granularity = 65536 if raw else min(max(cluster, 4096), 65536)
     dirty = rounded(above, granularity, limit)
-    # Data to the guest: what the group shows where nothing above hides it.
-    copied = dirty & rounded(visible_data(layers) & inside, granularity, limit)
+    copied = dirty
+    if any(layer.zero & above for layer in layers[:target]):
+        each = granularity // SECTOR
+        pieces = {cell // each for cell in dirty}
+        unit = granularity if raw else max(granularity, cluster)
+        zero = zeroed(layers[0].path, pieces, granularity, unit, limit * SECTOR)
+        copied = {cell for cell in dirty if cell // each not in zero}
     below = union([layer.allocated for layer in layers[target + 1 :]]) & inside
-    moved = below - above - mine.allocated
-    ended = {cell for cell in moved if cell * SECTOR >= below_size}
+    own_unit = 4096 if raw else cluster // (32 if mine.spec.extended_l2 else 1)
+    there = above | mine.allocated | (rounded(dirty, own_unit, limit) if target else set())
+    moved = below - there
+    reads = 0
+    if target + 1 < len(layers):
+        old_end = layers[target + 1].sectors
+        looked = inside - there if below_size is None else moved
+        reads = sum(cell < old_end for cell in looked)
+        reads += sum(cell * SECTOR < (below_size or 0) for cell in looked)
+    ended = {cell for cell in moved if cell * SECTOR >= (below_size or 0)}
     moved -= ended - visible_data(layers[target + 1 :])
     written = copied | moved
-    each = (4096 if mine.spec.format == "raw" else cluster) // SECTOR
+    each = (4096 if raw else cluster) // SECTOR
     clusters = {cell // each for cell in written} - {cell // each for cell in mine.data}
     tables: set[int] = set()
-    if mine.spec.format != "raw":
+    if not raw:
         per_table = each * (cluster // (16 if mine.spec.extended_l2 else 8))
         tables = {cell // per_table for cell in written | dirty}
         tables = {table for table in tables if not has_table(mine.path, table)}
@@ -110,6 +143,7 @@ def model(layers: Sequence[Cells], target: int, below_size: int) -> Traffic:
         commit_bytes=len(copied) * SECTOR if target else 0,
         commit_zero_bytes=len(dirty - copied) * SECTOR if target else 0,
         pull_bytes=len(moved) * SECTOR,
+        pull_read_bytes=reads * SECTOR,
         extents=runs(dirty) + runs(moved),
         new_clusters=len(clusters),
         new_tables=len(tables),
@@ -127,12 +161,12 @@ def assert_counts(built: Chain, low: int, high: int) -> list[Traffic]:
         cells_of(built.paths[i], built.specs[i], built.sizes[i], longest)
         for i in range(high, low - 1, -1)
     ]
-    below_size = built.sizes[low - 1] if low else 0
+    below_size = built.sizes[low - 1] if low else None
     wanted = [model(layers, target, below_size) for target in range(len(layers))]
     with open_chain(built.paths[high], fmt=built.formats[high]) as chain:
         group = chain.layers[: high - low + 1]
-        found = count_traffic(group, range(len(group)), below_size)
-        alone = count_traffic(group, [len(group) - 1], below_size)
+        found = count_traffic(group, range(len(group)), chain.layers[len(group) :])
+        alone = count_traffic(group, [len(group) - 1], chain.layers[len(group) :])
     assert alone == found[-1:]
     for target, (counted, model_says) in enumerate(zip(found, wanted, strict=True)):
         # A run is counted again where it crosses from one window into the next.

@@ -107,8 +107,7 @@ def _figures(
 ) -> Candidate:
     target = group.members[position]
     layer = layers[target]
-    # rebase reads the old and the new view of what it moves, and writes what differs.
-    reads = traffic.commit_bytes + traffic.pull_bytes * (2 if group.below is not None else 1)
+    reads = traffic.commit_bytes + traffic.pull_read_bytes
     written = traffic.commit_bytes + traffic.pull_bytes
     grown = growth(layer, traffic.new_clusters + traffic.new_tables, layers[group.kept].size)
     freed = 0
@@ -153,7 +152,7 @@ def candidates_of(
     figures = count_traffic(
         members,
         range(len(members)),
-        0 if group.below is None else layers[group.below].size,
+        () if group.below is None else layers[group.below :],
         progress,
     )
     out = []

@@ -144,10 +144,10 @@ class _Builder:
             ),
         )
         if self.group.below is None:
-            size = self.j.size
+            # Of an image without a byte nothing is read to be compared.
             self.add(
                 Command(
-                    tuple(create_empty_argv(self.work / self.alias, size)),
+                    tuple(create_empty_argv(self.work / self.alias, 0)),
                     cwd=directory,
                     label="prepare",
                 )

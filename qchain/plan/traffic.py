@@ -3,9 +3,10 @@
 For a group F(i)..F(j) (j kept) and a target t, per cell in the finest unit:
 
     commit into t    A(t+1) ∪ … ∪ A(j), rounded out to qemu's granularity
-    pull into t      (A(i) ∪ … ∪ A(t-1)) \\ (A(t) ∪ … ∪ A(j))
+    pull into t      (A(i) ∪ … ∪ A(t-1)) \\ (A(t) ∪ what the commit wrote)
 
-All targets are counted in one pass over the maps.
+All targets are counted in one pass over the maps. `tests/test_plan_traced.py` holds the
+figures against what qemu-img requests.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from qchain.chain.layer import Layer, Masks, Qcow2Layer
 from qchain.chain.ownership import unify
 from qchain.chain.parallel import thread_pool
 from qchain.chain.resolve import mask_windows
+from qchain.plan.zeroes import copied_pieces
 
 __all__ = ["Traffic", "commit_granularity", "count_traffic"]
 
@@ -35,6 +37,9 @@ class Traffic:
         commit_zero_bytes: zero writes of the commit; they carry no data.
         pull_bytes: what the pull into the target moves (zero clusters included: rebase
             turns them into data where the new backing is not zero).
+        pull_read_bytes: what it reads for that: the old view and the new one of what lies
+            between, as far as their files reach; without a new backing the old view of all
+            that the target does not allocate, holes included.
         extents: contiguous runs of both.
         new_clusters: clusters of the target that get data and had none.
         new_tables: L2 tables of the target that come into being, for zero writes too.
@@ -43,6 +48,7 @@ class Traffic:
     commit_bytes: int = 0
     commit_zero_bytes: int = 0
     pull_bytes: int = 0
+    pull_read_bytes: int = 0
     extents: int = 0
     new_clusters: int = 0
     new_tables: int = 0
@@ -91,8 +97,10 @@ def _any_of(mask: Bools, unit: int, to: int) -> Bools:
 class _Window:
     """The masks of a group's layers in one window, in one unit."""
 
-    def __init__(self, layers: Sequence[Layer], below_size: int, start: int, end: int) -> None:
-        self.layers, self.start, self.below_size = layers, start, below_size
+    def __init__(
+        self, layers: Sequence[Layer], under: Sequence[Layer], start: int, end: int
+    ) -> None:
+        self.layers, self.under, self.start = layers, under, start
         found: list[Masks | None] = []
         for layer in layers:
             limit = min(layer.size, end)
@@ -139,9 +147,7 @@ class _Window:
             down = above.over(own)
             if target in wanted:
                 place = wanted[target]
-                out[place] = self._one(
-                    target, above, down, own, below[target], below[target + 1], tables[place]
-                )
+                out[place] = self._one(target, above, down, own, below[target + 1], tables[place])
             above = down
         return out
 
@@ -151,41 +157,84 @@ class _Window:
         above: _Shown,
         down: _Shown,
         own: _Shown,
-        from_here: _Shown,
         below: _Shown,
         tables: _Tables,
     ) -> Traffic:
-        """One target: what is above it, that and its own, what is from it on, and below it."""
+        """One target: what is above it, that and its own, its own, and what is below it."""
         out = Traffic()
         layer = self.layers[target]
+        has_host = own.data
         dirty = copied = moved = None
         if above.mask is not None:
             unit = commit_granularity(layer)
             dirty = copied = _round_out(above.mask, self.unit, unit)
             if above.zero is not None:
-                # A piece is read and written as data when any of it is data to the guest.
-                seen = above.over(from_here).data
-                assert seen is not None
-                copied = dirty & _round_out(seen, self.unit, unit)
+                copied = self._copied(layer, dirty, unit)
             out.commit_bytes = int(np.count_nonzero(copied)) * self.unit
             out.commit_zero_bytes = int(np.count_nonzero(dirty)) * self.unit - out.commit_bytes
             out.extents += _runs(dirty)
-        if below.mask is not None:
-            moved = below.mask if down.mask is None else below.mask > down.mask
-            # Where the new backing has ended, zero clusters read right without moving.
-            ended = max(0, min(self.count, -(-(self.below_size - self.start) // self.unit)))
-            if ended < self.count and below.zero is not None:
-                assert below.data is not None
-                moved = np.concatenate((moved[:ended], moved[ended:] & below.data[ended:]))
-            out.pull_bytes = int(np.count_nonzero(moved)) * self.unit
-            out.extents += _runs(moved)
+        if dirty is not None:
+            # Of a (sub)cluster that was partly written the rest comes along.
+            there = _union(down.mask, _round_out(dirty, self.unit, layer.granularity))
+        else:
+            there = down.mask
+        if target + 1 < len(self.layers):
+            moved = self._pull(target, there, below, out)
         written = _union(copied, moved)
         if written is not None:
-            out.new_clusters = self._new_clusters(layer, written, own.data)
+            out.new_clusters = self._new_clusters(layer, written, has_host)
             touched = _union(dirty, moved)
             assert touched is not None
             tables.touch(touched, self.unit, self.start)
         return out
+
+    def _copied(self, target: Layer, dirty: Bools, piece: int) -> Bools:
+        """What a commit into `target` copies of what is dirty; the rest is written as zeroes."""
+        cluster = piece if target.header is None else target.header.cluster_size
+        each = max(self.unit, piece) // self.unit
+        if self.unit > piece:
+            # The layers of the group change more rarely than the pieces: look at them all.
+            dirty = np.repeat(dirty, self.unit // piece)
+        pieces = copied_pieces(
+            [*self.layers, *self.under],
+            self.start,
+            _any_of(dirty, self.unit, piece),
+            piece,
+            cluster,
+        )
+        if self.unit > piece:
+            return _any_of(pieces, piece, self.unit)
+        return np.repeat(pieces, each)[: len(dirty)]
+
+    def _pull(self, target: int, there: Bools | None, below: _Shown, out: Traffic) -> Bools | None:
+        """What the pull into `target` moves; it allocates `there` by then."""
+        moved = None
+        if below.mask is not None:
+            moved = below.mask if there is None else below.mask > there
+        old_size = self.layers[target + 1].size
+        if not self.under:
+            left = np.ones(self.count, bool) if there is None else ~there
+            out.pull_read_bytes = self._before(left, old_size)
+        elif moved is not None:
+            out.pull_read_bytes = self._before(moved, old_size)
+            out.pull_read_bytes += self._before(moved, self.under[0].size)
+        if moved is None:
+            return None
+        # Where the new backing has ended, zero clusters read right without moving.
+        below_size = self.under[0].size if self.under else 0
+        ended = max(0, min(self.count, -(-(below_size - self.start) // self.unit)))
+        if ended < self.count and below.zero is not None:
+            assert below.data is not None
+            moved = np.concatenate((moved[:ended], moved[ended:] & below.data[ended:]))
+        out.pull_bytes = int(np.count_nonzero(moved)) * self.unit
+        out.extents += _runs(moved)
+        return moved
+
+    def _before(self, mask: Bools, size: int) -> int:
+        """Bytes of the set cells that lie before guest byte `size`, or the group's end."""
+        size = min(size, self.layers[0].size)
+        whole = max(0, min(len(mask), (size - self.start) // self.unit))
+        return int(np.count_nonzero(mask[:whole])) * self.unit
 
     def _new_clusters(self, layer: Layer, written: Bools, has_host: Bools | None) -> int:
         cluster = 4096 if layer.header is None else layer.header.cluster_size
@@ -279,7 +328,7 @@ class _Tables:
 def count_traffic(
     layers: Sequence[Layer],
     targets: Sequence[int],
-    below_size: int = 0,
+    under: Sequence[Layer] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Traffic]:
     """What each target of a group would cost.
@@ -287,7 +336,7 @@ def count_traffic(
     Args:
         layers: the group, kept image first, then downwards.
         targets: indices into `layers`.
-        below_size: virtual size of the new backing, 0 where there is none.
+        under: what lies below the group, the new backing first; nothing where it is dropped.
     """
     longest = max(layers, key=lambda layer: layer.size)
     size = longest.size
@@ -297,8 +346,8 @@ def count_traffic(
     tables = [_Tables(layers[target], layers[0].size) for target in targets]
 
     def one(span: tuple[int, int]) -> list[Traffic] | None:
-        window = _Window(layers, below_size, *span)
-        if window.empty:
+        window = _Window(layers, under, *span)
+        if window.empty and under:
             return None
         return window.traffic(targets, tables)
 
