@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import Common, command
-from .output import absolute, console, note, write, write_json
+from .output import absolute, note, write, write_json
 
 if TYPE_CHECKING:
     from qchain.chain.chain import Chain
@@ -65,7 +65,7 @@ def _show(opened: Chain, owned: list[Ownership]) -> None:
     from qchain.chain.counts import owned_by_region
 
     from .picture import REGIONS, draw
-    from .tables import count_text, size_text, table
+    from .tables import count_text, size_text, write_table
 
     layers = opened.layers
     count = count_text(len(layers), "layer")
@@ -86,5 +86,5 @@ def _show(opened: Chain, owned: list[Ownership]) -> None:
     if opened.missing is not None:
         rows.append((len(rows), opened.missing.name, "missing", "-", "-", "-", "-", "-"))
     heads = ("#>", "image", "format", "virtual>", "on disk>", "allocated>", "owned>", "shadowed>")
-    console().print(table(heads, rows))
+    write_table(heads, rows)
     write("\n" + draw(owned_by_region(layers, REGIONS), opened.size))

@@ -49,7 +49,7 @@ def diff(
     from qchain.forensics.files import changed_files
     from qchain.verify.compare import MAX_RANGES
 
-    from .opening import missing_field, open_for
+    from .opening import missing_field, missing_lines, open_for
 
     report = None
     gate = common.gate()
@@ -69,7 +69,8 @@ def diff(
             missing = missing_field(left) | missing_field(right, "missing_b")
             write_json(_as_json(found, left, right, report) | missing)
         else:
-            write(_text(found, left, right, report))
+            missing_text = "".join(f"{line}\n" for line in missing_lines(left, right))
+            write(_text(found, left, right, report) + missing_text)
     if not complete:
         note(f"{a}: {MAX_RANGES} ranges or more differ; only so many are listed")
     if report is not None and report.reason is not None:
@@ -105,16 +106,22 @@ def _text(found: list[Difference], left: Chain, right: Chain, report: FileReport
     def layer(chain: Chain, depth: int | None) -> str:
         return "(past its end)" if depth is None else printable(chain.layers[depth].path.name)
 
+    from .tables import fold
+
     if not found:
         return "identical\n"
-    lines = [f"{'start':>16} {'length':>16}  layer of A -> layer of B"]
+    lines = [f"{'start':>16} {'length':>16}  layer of A -> layer of B\n"]
     lines += [
-        f"{each.start:16} {each.length:16}  {layer(left, each.a)} -> {layer(right, each.b)}"
+        fold(
+            f"{each.start:16} {each.length:16}  ",
+            f"{layer(left, each.a)} -> {layer(right, each.b)}",
+            " " * 35,
+        )
         for each in found
     ]
     if report is not None:
-        lines += ["", *_file_lines(report)]
-    return "\n".join(lines) + "\n"
+        lines += ["\n", *(fold("", line, " " * 10) for line in _file_lines(report))]
+    return "".join(lines)
 
 
 def _file_lines(report: FileReport) -> list[str]:

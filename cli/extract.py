@@ -37,7 +37,7 @@ def extract(
     """Write the raw content, or a range of it; sparse where it is zero."""
     from qchain.forensics.extract import extract_to_file, extract_to_stream
 
-    from .opening import missing_field, open_for
+    from .opening import missing_field, missing_lines, open_for
 
     start, length = (0, None) if range_ is None else _parse_range(range_)
     if output == "-" and common.json:
@@ -60,7 +60,7 @@ def extract(
         fields = {"output": absolute(Path(output)), "start": start, "length": count}
         write_json(fields | missing_field(opened))
     else:
-        write(f"{count} bytes extracted\n")
+        write("\n".join([f"{count} bytes extracted", *missing_lines(opened), ""]))
 
 
 def _stdout() -> BinaryIO:

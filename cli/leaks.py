@@ -10,7 +10,7 @@ import typer
 from qchain.errors import ImageError, UsageError, printable
 
 from .options import Common, command
-from .output import absolute, console, note, write, write_json
+from .output import absolute, note, write, write_json
 
 if TYPE_CHECKING:
     from qchain.forensics.look import Look
@@ -104,7 +104,7 @@ def _as_json(each: UnusedRange, look: Look, saved: dict[int, Path]) -> dict[str,
 def _show(
     sums: dict[str, int], found: list[tuple[UnusedRange, Look]], saved: dict[int, Path]
 ) -> None:
-    from .tables import size_text, table
+    from .tables import fold, size_text, write_table
 
     words = ", ".join(
         f"{size_text(size)} {name.removesuffix('_bytes')}" for name, size in sums.items()
@@ -125,6 +125,6 @@ def _show(
     ]
     heads = ("kind", "at>", "length>", "content", "entropy>", "begins, or first words")
     write("\n")
-    console().print(table(heads, rows))
+    write_table(heads, rows)
     for path in saved.values():
-        write(f"saved {printable(path)}\n")
+        write(fold("saved ", printable(path), "      "))

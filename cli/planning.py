@@ -15,6 +15,7 @@ from qchain.errors import ExitCode, Refused, UsageError, printable
 
 from .options import LATER, Common, Merging
 from .output import console, note, write
+from .tables import count_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,11 +88,16 @@ def program() -> str:
 
 
 def refuse(plan: Plan) -> None:
-    """Each refusal of the plan is a line on stderr, and the end (exit 3)."""
-    for line in plan.refusals:
-        note(line)
-    if plan.refusals:
-        raise typer.Exit(ExitCode.REFUSED)
+    """The refusals of the plan are the end (exit 3): the first in words, the others counted.
+
+    An error is one line, and to do what the first asks for is the next step in any case.
+    """
+    if not plan.refusals:
+        return
+    more = len(plan.refusals) - 1
+    rest = f" ({count_text(more, 'more reason')}: see --json)" if more else ""
+    note(f"{plan.refusals[0]}{rest}")
+    raise typer.Exit(ExitCode.REFUSED)
 
 
 def write_commands(plan: Plan) -> None:
@@ -141,6 +147,10 @@ def show_plan(plan: Plan, stderr: bool = False) -> None:
         if len(plan.groups) > 1:
             out.print(safe(f"Group {number} of {len(plan.groups)}"))
         _show_group(out, plan, group, fields)
+    if len(plan.refusals) > 1:
+        out.print()
+        for line in plan.refusals:
+            out.print(safe(f"refused: {line}"))
     if plan.steps and not stderr:
         out.print()
         out.print(safe(f"{len(plan.steps)} steps; --dry-run prints the commands."))
