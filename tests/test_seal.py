@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cli_runner import run
+from cli_runner import Result, run
 
 from fixtures.build import Chain, build_chain
 from fixtures.oracle import qemu_img, qemu_io, raw_of
@@ -76,14 +76,83 @@ def test_one_bit_anywhere_is_noticed(built: Chain, depth: int) -> None:
     assert "though its time of change is the same" in " ".join(result.json["changes"])
 
 
+def states(result: Result) -> dict[str, str]:
+    assert result.err == ""
+    return {layer["name"]: layer["state"] for layer in result.json["layers"]}
+
+
 def test_another_layout_of_the_same_content(built: Chain) -> None:
+    """After a merge the files stand in other places; one that nobody touched is not accused."""
     seal = built.active.with_name("seal")
     run("seal", built.active, "-o", seal)
     qemu_img("rebase", "-f", "qcow2", "-F", "raw", "-b", "base.raw", built.active)
     result = run("verify", "--json", built.active, "--seal", seal)
     assert result.code == 1 and result.json["point_same"]
-    assert any("3 were sealed" in text for text in result.json["changes"])
-    assert "the guest still sees" in run("verify", built.active, "--seal", seal).out
+    assert states(result) == {
+        "l2.qcow2": "changed",
+        "base.raw": "unchanged",
+        "l1.qcow2": "vanished",
+    }
+    assert not any("base.raw" in text for text in result.json["changes"])
+    (text,) = [text for text in result.json["changes"] if "l1.qcow2" in text]
+    assert "no more (a file of that name is still there)" in text
+    built.paths[1].unlink()
+    text = run("verify", built.active, "--seal", seal).out
+    assert "the guest still sees" in text and "still there" not in text
+    assert [line.split() for line in text.splitlines()[2:6]] == [
+        ["image", "state"],
+        ["l2.qcow2", "changed"],
+        ["base.raw", "unchanged"],
+        ["l1.qcow2", "vanished"],
+    ]
+
+
+def test_an_image_under_the_name_of_another(built: Chain) -> None:
+    """A merge lets the result take the active name: the file is known by its content."""
+    seal = built.active.with_name("seal")
+    run("seal", built.active, "-o", seal)
+    built.paths[1].replace(built.active)
+    result = run("verify", "--json", built.active, "--seal", seal)
+    assert result.code == 1 and not result.json["point_same"]
+    layers = [(each["name"], each["state"], each["sealed_as"]) for each in result.json["layers"]]
+    assert layers == [
+        ("l2.qcow2", "unchanged", "l1.qcow2"),
+        ("base.raw", "unchanged", "base.raw"),
+        ("l2.qcow2", "vanished", "l2.qcow2"),
+    ]
+    assert "l2.qcow2: was sealed under the name l1.qcow2" in result.json["notes"]
+
+
+def test_an_overlay_more(built: Chain) -> None:
+    seal = built.active.with_name("seal")
+    run("seal", built.active, "-o", seal)
+    above = built.active.with_name("above.qcow2")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", built.active.name, "-F", "qcow2", above)
+    result = run("verify", "--json", above, "--seal", seal)
+    assert result.code == 1 and result.json["point_same"]
+    assert set(states(result).items()) == {
+        ("above.qcow2", "new"),
+        *((path.name, "unchanged") for path in built.paths),
+    }
+
+
+def test_sealed_with_a_missing_base(built: Chain) -> None:
+    seal = built.active.with_name("seal")
+    away = built.base.with_name("away")
+    built.base.rename(away)
+    assert run("seal", "--missing", "zero", built.active, "-o", seal).code == 0
+    assert json.loads(seal.read_text())["missing"] == str(built.base)
+    assert run("verify", "--missing", "zero", built.active, "--seal", seal).code == 0
+    away.rename(built.base)
+    result = run("verify", "--json", built.active, "--seal", seal)
+    assert result.code == 1 and states(result)["base.raw"] == "new"
+    assert any("was missing when" in text for text in result.json["notes"])
+    seal.unlink()
+    run("seal", built.active, "-o", seal)
+    built.base.unlink()
+    result = run("verify", "--json", "--missing", "zero", built.active, "--seal", seal)
+    assert result.code == 1 and result.json["missing"] == str(built.base)
+    assert any("missing, taken for zeroes" in text for text in result.json["changes"])
 
 
 def test_the_guest_sees_another_content(built: Chain) -> None:
@@ -119,8 +188,16 @@ def test_a_data_file_is_sealed(tmp_path: Path) -> None:
 
 NEARLY = '{"seal": 1, "sealed": "x", "point": {"sha256": "y"}, "layers": [{}]}'
 
+SEALED = '"name": "n", "size": 1, "mtime_ns": 1, "header_sha256": "h", "sha256": "s"'
+ODD = (  # values that cannot be
+    NEARLY.replace("{}", "{" + SEALED + ', "path": [1]}'),
+    NEARLY.replace("{}", "{" + SEALED + ', "data_file": 5}'),
+    NEARLY.replace("{}", "{" + SEALED + "}").replace("]}", '], "missing": []}'),
+    NEARLY.replace("[{}]", '{"a": {}}'),
+)
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"seal": 1}', "\xff", NEARLY])
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"seal": 1}', "\xff", NEARLY, *ODD])
 def test_no_seal(built: Chain, text: str) -> None:
     seal = built.active.with_name("seal")
     seal.write_bytes(text.encode("latin-1"))
