@@ -51,10 +51,10 @@ def leaks(
         reporter.step("looking", sum(each.length for each in ranges))
         found = []
         for each in ranges:
-            found.append((each, look_at(file, each.start, each.length, header.cluster_size)))
+            found.append((each, look_at(file, each.start, each.length)))
             reporter.advance(each.start, file.size)
         if ranges and not knows_magic():
-            note("file magic is not looked for: pip install 'qchain[forensics]'")
+            note("few kinds of files are known by their magic: pip install 'qchain[forensics]'")
         saved = {} if extract is None else _save(file, found, extract)
     sums = {
         f"{kind}_bytes": sum(each.length for each in ranges if each.kind == kind)
@@ -119,12 +119,16 @@ def _show(
             size_text(each.length),
             look.summary,
             f"{look.entropy:.2f}",
-            "; ".join(dict.fromkeys(name for _, name in look.magic)) or look.sample[:40],
+            look.sample[:40],
         )
         for each, look in found
     ]
-    heads = ("kind", "at>", "length>", "content", "entropy>", "begins, or first words")
+    heads = ("kind", "at>", "length>", "content", "entropy>", "first words")
     write("\n")
     write_table(heads, rows)
+    begins = [(offset, name) for _, look in found for offset, name in look.magic]
+    if begins:
+        write("\nhere a file seems to begin\n")
+        write_table(("at>", "of this kind"), begins)
     for path in saved.values():
         write(fold("saved ", printable(path), "      "))
