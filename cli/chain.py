@@ -25,7 +25,7 @@ def chain(
 ) -> None:
     """Show a chain: its layers, what they hold, and who owns which region of the disk."""
     from qchain.chain.ownership import ownership
-    from qchain.forensics.staleness import staleness
+    from qchain.forensics.staleness import relocated, staleness
 
     from .opening import missing_field, open_for
 
@@ -37,10 +37,11 @@ def chain(
         if common.json:
             layers = [_as_json(*pair) for pair in zip(opened.layers, owned, strict=True)]
             fields = {"virtual_size": opened.size, "layers": layers, "warnings": warnings}
+            fields["relocated"] = relocated(opened.layers)
             write_json(fields | missing_field(opened))
         else:
             _show(opened, owned)
-            for text in warnings:
+            for text in (*relocated(opened.layers), *warnings):
                 note(text)
 
 

@@ -31,13 +31,13 @@ def seal(
 ) -> None:
     """Write a manifest of digests: every file of the chain, and what the guest sees."""
     from qchain.forensics.newfile import new_file, write_all
-    from qchain.forensics.seal import make_seal, seal_text
+    from qchain.forensics.seal import SEAL_SUFFIX, make_seal, seal_text
     from qchain.forensics.staleness import staleness
 
     from .opening import missing_lines, open_for
     from .tables import count_text
 
-    where = output or active.with_name(active.name + ".seal.json")
+    where = output or active.with_name(active.name + SEAL_SUFFIX)
     # The new file first: hours of digesting must not end in a name that is taken.
     with open_for(active, common) as opened, new_file(where, 0o644) as stream:
         warnings = staleness(opened.layers)

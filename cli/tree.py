@@ -29,7 +29,7 @@ def tree(
     from qchain.chain.tree import read_tree
     from qchain.forensics.staleness import tree_staleness
 
-    images = read_tree(directories)
+    images = read_tree(directories, common.gate())
     warnings = {
         image.path: found
         for image in images

@@ -246,3 +246,29 @@ def test_a_base_that_grew(built: Chain) -> None:
     qemu_img("resize", "-q", "-f", "raw", built.base, "1M")
     found = signs(built)
     assert len(found) == 1 and "longer" in found[0]
+
+
+def test_a_seal_beside_the_images_is_a_witness(built: Chain) -> None:
+    """Times may lie; a seal that lies there tells of sizes, headers and times."""
+    assert run("seal", built.paths[1]).code == 0
+    assert signs(built) == []
+    content = built.base.read_bytes()
+    status = built.base.stat()
+    flip(built.base, 100)  # all times kept
+    (text,) = signs(built)
+    assert text.startswith("base.raw: has other first 64 KiB than was sealed (l1.qcow2.seal.json")
+    assert text in run("chain", "--json", built.active).json["warnings"]
+    assert text in run("chain", built.active).err
+    built.base.write_bytes(content + bytes(512))
+    os.utime(built.base, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert any("262656 bytes long, not 262144 as was sealed" in text for text in signs(built))
+    built.base.write_bytes(content)
+    set_mtime(built.base, status.st_mtime_ns)
+    assert signs(built) == []
+    set_mtime(built.base, status.st_mtime_ns + GRACE + 1)
+    assert any("later than the file that was sealed" in text for text in signs(built))
+    # Anybody can put a file there: what is none says nothing.
+    built.paths[1].with_name("l1.qcow2.seal.json").write_text("{}")
+    assert not any("sealed" in text for text in signs(built))
+    built.active.with_name("l2.qcow2.seal.json").mkdir()
+    assert not any("sealed" in text for text in signs(built))

@@ -24,6 +24,8 @@ from qchain.errors import UsageError
 from qchain.hostfile import HostFile
 
 __all__ = [
+    "HEADER_BYTES",
+    "SEAL_SUFFIX",
     "LayerCheck",
     "SealCheck",
     "check_seal",
@@ -36,7 +38,9 @@ __all__ = [
 
 FORMAT = 1
 _PIECE = 4 << 20
-_HEADER = 65536
+HEADER_BYTES = 65536
+"""Of each file, the beginning that is digested on its own."""
+SEAL_SUFFIX = ".seal.json"
 _MAX_SEAL = 256 << 20
 
 Progress = Callable[[int, int], None]
@@ -134,7 +138,7 @@ def _facts(file: HostFile, sha256: str) -> dict[str, Any]:
         "path": os.path.abspath(file.path),
         "size": file.size,
         "mtime_ns": file.mtime_ns,
-        "header_sha256": file_digest(file, _HEADER),
+        "header_sha256": file_digest(file, HEADER_BYTES),
         "sha256": sha256,
     }
 
@@ -144,10 +148,13 @@ def seal_text(seal: dict[str, Any]) -> bytes:
     return (json.dumps(seal, indent=2) + "\n").encode("ascii")
 
 
-def read_seal(path: Path) -> dict[str, Any]:
-    """The manifest in `path`. Raises `ImageError` when there is none, `UsageError` for another."""
+def read_seal(path: Path, most: int = _MAX_SEAL) -> dict[str, Any]:
+    """The manifest in `path`, of at most `most` bytes.
+
+    Raises: `ImageError` when there is none, `UsageError` for another file.
+    """
     with HostFile(path) as file:
-        if file.size > _MAX_SEAL:
+        if file.size > most:
             raise UsageError(path, "is too large to be a seal", "name what 'qchain seal' wrote")
         text = file.pread(0, file.size)
     try:
