@@ -125,17 +125,26 @@ def _text(found: list[Difference], left: Chain, right: Chain, report: FileReport
 
 
 def _file_lines(report: FileReport) -> list[str]:
+    from .tables import size_text
+
     lines = []
     if report.table_changed:
         lines.append("the partition table is not the same")
     for part in report.partitions:
         where = "the disk" if part.number is None else f"partition {part.number}"
-        if part.changed and part.reason:
-            lines.append(f"{where}: files not named: {part.reason}")
-        elif not part.changed:
-            lines.append(f"{where}: unchanged")
+        what = f"{where} ({part.filesystem or 'unknown content'}, {size_text(part.length)})"
+        if not part.changed and not part.reason:
+            lines.append(f"{what}: unchanged")
+        elif part.reason:
+            lines.append(f"{what}: files not named: {part.reason}")
+        else:
+            lines.append(f"{what}: changed")
     for change in report.changes:
-        where = "" if change.partition is None else f"{change.partition}:"
-        fields = f"  ({', '.join(change.fields)})" if change.fields else ""
-        lines.append(f"{change.change:<9} {where}{printable(change.path)}{fields}")
+        place = "" if change.partition is None else f"{change.partition}:"
+        fields = ", ".join(change.fields)
+        if change.change == "content" and not {"mtime", "ctime"} & set(change.fields):
+            fields = f"{fields}, but no time of change" if fields else "and no time of change"
+        lines.append(
+            f"{change.change:<9} {place}{printable(change.path)}{f'  ({fields})' if fields else ''}"
+        )
     return [*lines, *(f"note: {printable(text)}" for text in report.notes)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
@@ -25,6 +26,7 @@ __all__ = [
     "console",
     "note",
     "save_json",
+    "shell_word",
     "write",
     "write_ascii",
     "write_error",
@@ -129,6 +131,20 @@ def write_error(line: str) -> None:
 def absolute(path: Path) -> str:
     """The name that JSON documents give: absolute, links not followed."""
     return os.path.abspath(path)
+
+
+def shell_word(word: str) -> str:
+    """`word` quoted for a shell, harmless to a terminal.
+
+    `$'...'` is understood by bash, zsh, ksh and POSIX shells since 2024.
+    """
+    if word.isprintable():
+        return shlex.quote(word)
+    safe = (
+        chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\{byte:03o}"
+        for byte in os.fsencode(word)
+    )
+    return f"$'{''.join(safe)}'"
 
 
 class _Stream:

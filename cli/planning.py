@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ import typer
 from qchain.errors import ExitCode, Refused, UsageError, printable
 
 from .options import LATER, Common, Merging
-from .output import console, note, write
+from .output import console, note, shell_word, write
 from .tables import count_text
 
 if TYPE_CHECKING:
@@ -111,26 +110,13 @@ def write_commands(plan: Plan) -> None:
 
 
 def _escaped(step: Step) -> str:
-    """The line of a step whose names hold what no terminal should get.
-
-    `$'...'` is understood by bash, zsh, ksh and POSIX shells since 2024.
-    """
+    """The line of a step whose names hold what no terminal should get."""
     from qchain.plan.steps import Command, arguments
 
-    line = " ".join(_word(word) for word in arguments(step, program()) or ())
+    line = " ".join(shell_word(word) for word in arguments(step, program()) or ())
     if isinstance(step, Command) and step.cwd is not None:
-        return f"(cd {_word(str(step.cwd))} && {line})"
+        return f"(cd {shell_word(str(step.cwd))} && {line})"
     return line
-
-
-def _word(word: str) -> str:
-    if word.isprintable():
-        return shlex.quote(word)
-    safe = (
-        chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\{byte:03o}"
-        for byte in os.fsencode(word)
-    )
-    return f"$'{''.join(safe)}'"
 
 
 def show_plan(plan: Plan, stderr: bool = False) -> None:

@@ -11,7 +11,7 @@ import typer
 from qchain.errors import printable
 
 from .options import Common, command
-from .output import absolute, write, write_json
+from .output import absolute, shell_word, write, write_json
 
 __all__ = ["report"]
 
@@ -42,7 +42,7 @@ def report(
         common.reporter() as reporter,
     ):
         reporter.step("reading", opened.size)
-        words = ["qchain", *sys.argv[1:]]
+        words = " ".join(shell_word(word) for word in ("qchain", *sys.argv[1:]))
         found = collect(opened, words, not no_digests, reporter.advance)
         write_all(stream, page(found).encode("ascii"))
     problems = sum(len(layer.problems) for layer in found.layers)
