@@ -174,6 +174,26 @@ def test_what_is_missing_is_said_in_every_output(tmp_path: Path) -> None:
         assert "missing" not in extent
 
 
+def test_missing_from_a_directory_of_another_machine(tmp_path: Path) -> None:
+    """Outside of what may be opened, and not there either: missing. If it is there: refused."""
+    path, elsewhere, _ = moved(tmp_path / "case")
+    gone = tmp_path / "images" / "base.qcow2"
+    qemu_img("rebase", "-u", "-f", "qcow2", "-b", gone, "-F", "qcow2", path)
+    alone = tmp_path / "case" / "alone.qcow2"
+    shutil.copy(path, alone)
+    qemu_img("rebase", "-u", "-f", "qcow2", "-b", "", alone)
+    assert "--allow" in run("hash", path).fails(4)
+    result = run("hash", "--json", "--missing", "zero", path)
+    assert result.code == 0 and result.json["missing"] == str(gone)
+    assert result.json["digest"] == hashlib.sha256(raw_of(alone)).hexdigest()
+    gone.parent.mkdir()
+    shutil.copy(elsewhere / "base.qcow2", gone)
+    assert "--allow" in run("hash", "--missing", "zero", path).fails(4)
+    gone.unlink()
+    gone.symlink_to("/etc/shadow.none")
+    assert "--allow" in run("hash", "--missing", "zero", path).fails(4)
+
+
 def test_evidence_under_other_names_of_directories(tmp_path: Path) -> None:
     """Absolute names of another machine: the way on is named, and what was taken for what."""
     chain = build_chain(tmp_path, ["64k:A 64k:B", "64k:- 32k:C 32k:-"])
