@@ -45,6 +45,8 @@ def seal(
             reporter.step("digesting", opened.size)
             made = make_seal(opened, reporter.advance)
         write_all(stream, seal_text(made))
+    if made["unreadable"] is not None:
+        warnings.append(f"the files are sealed, what the guest sees is not: {made['unreadable']}")
     for text in warnings:
         note(text)
     if common.json:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from cli_runner import Result, run
+from test_luks import SECRET, create, write
 
 from fixtures.build import Chain, build_chain
 from fixtures.oracle import qemu_img, qemu_io, raw_of
@@ -203,6 +204,30 @@ def test_no_seal(built: Chain, text: str) -> None:
     seal.write_bytes(text.encode("latin-1"))
     run("verify", built.active, "--seal", seal).fails(2)
     run("verify", built.active, "--seal", seal.with_name("none")).fails(4)
+
+
+def test_without_the_passphrase_the_files_are_sealed(tmp_path: Path) -> None:
+    path = create(tmp_path / "luks.qcow2")
+    write(path, [("A", 0, 65536)])
+    seal, known = tmp_path / "seal", tmp_path / "known"
+    result = run("seal", "--json", path, "-o", seal)
+    assert result.code == 0 and "passphrase" in result.err and result.err.count("\n") == 1
+    manifest = json.loads(seal.read_text())
+    assert manifest["point"]["sha256"] is None and "passphrase" in manifest["unreadable"]
+    assert manifest["layers"][0]["sha256"] == sha256(path.read_bytes())
+    secret = tmp_path / "secret"
+    secret.write_bytes(SECRET)
+    with_secret = ("--secret-file", secret)
+    assert run("seal", *with_secret, path, "-o", known).code == 0
+    for arguments in ((seal,), (known,), (seal, *with_secret), (known, *with_secret)):
+        result = run("verify", "--json", path, "--seal", *arguments)
+        assert result.code == 0 and result.json["intact"], result.out
+        both = arguments == (known, *with_secret)
+        assert result.json["point_same"] == both
+        assert bool(result.json["notes"]) != both
+    flip(path, path.stat().st_size - 100)
+    result = run("verify", "--json", path, "--seal", seal)
+    assert result.code == 1 and states(result) == {"luks.qcow2": "changed"}
 
 
 # Signs that a base was changed after its overlay was made

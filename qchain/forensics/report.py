@@ -111,7 +111,9 @@ def collect(
         except ImageError as error:
             warnings.append(f"no digests: {error}")
         else:
-            point = str(seal["point"]["sha256"])
+            point = seal["point"]["sha256"]
+            if seal["unreadable"] is not None:
+                warnings.append(f"no digest of what the guest sees: {seal['unreadable']}")
             for found, sealed in zip(layers, seal["layers"], strict=True):
                 found.digest = sealed["sha256"]
                 if "data_file" in sealed:

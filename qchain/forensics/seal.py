@@ -20,7 +20,7 @@ from typing import Any
 from qchain.chain.chain import Chain
 from qchain.chain.digest import digest
 from qchain.chain.ownership import workers
-from qchain.errors import UsageError
+from qchain.errors import ImageError, UsageError
 from qchain.hostfile import HostFile
 
 __all__ = [
@@ -63,7 +63,7 @@ class SealCheck:
 
     `layers`: as they are now, active first, then what vanished. `changes`: sentences, each
     about a change of content or of the chain. `notes`: other names or times of the same
-    content. `point_same`: the guest still sees what it saw.
+    content. `point_same`: the guest still sees what it saw (False also when that cannot be read).
     """
 
     sealed: str
@@ -101,15 +101,21 @@ def file_digest(file: HostFile, length: int | None = None, progress: Progress | 
 def make_seal(chain: Chain, progress: Progress | None = None) -> dict[str, Any]:
     """The manifest of a chain: every layer's file and the content of the active point.
 
-    `progress` hears of the point's content only; the files are read at the same time.
+    `progress` hears of the point's content only; the files are read at the same time. Where
+    the content cannot be read (no passphrase, a damaged cluster), its digest is None and
+    `unreadable` says why: files can be sealed all the same.
 
-    Raises: `ImageError` when anything cannot be read.
+    Raises: `ImageError` when a file cannot be read.
     """
     files = [layer.file for layer in chain.layers]
     files += [layer.data for layer in chain.layers if layer.data is not layer.file]
+    point, unreadable = None, None
     with ThreadPoolExecutor(workers()) as pool:
         waiting = {file.id: pool.submit(file_digest, file) for file in files}
-        point = digest(chain.layers, "sha256", progress)
+        try:
+            point = digest(chain.layers, "sha256", progress)
+        except ImageError as error:
+            unreadable = str(error)
         digests = {which: future.result() for which, future in waiting.items()}
     layers = []
     for layer in chain.layers:
@@ -127,6 +133,7 @@ def make_seal(chain: Chain, progress: Progress | None = None) -> dict[str, Any]:
         "tool": f"qchain {version('qchain')}",
         "sealed": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "point": {"virtual_size": chain.size, "sha256": point},
+        "unreadable": unreadable,
         "missing": None if chain.missing is None else str(chain.missing),
         "layers": layers,
     }
@@ -160,7 +167,7 @@ def read_seal(path: Path, most: int = _MAX_SEAL) -> dict[str, Any]:
     try:
         seal = json.loads(text)
         good = seal["seal"] == FORMAT and isinstance(seal["sealed"], str)
-        good = good and isinstance(seal["point"]["sha256"], str) and bool(seal["layers"])
+        good = good and isinstance(seal["point"]["sha256"], str | None) and bool(seal["layers"])
         good = good and isinstance(seal.get("missing"), str | None)
         good = good and all(_complete(layer) for layer in seal["layers"])
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -187,7 +194,7 @@ def check_seal(chain: Chain, seal: dict[str, Any], progress: Progress | None = N
     Raises: `ImageError` when anything cannot be read.
     """
     now = make_seal(chain, progress)
-    same = bool(now["point"] == seal["point"])
+    same = now["point"] == seal["point"] and now["point"]["sha256"] is not None
     out = SealCheck(seal["sealed"], same)
     pairs = pair_layers(now["layers"], seal["layers"])
     for index, found in enumerate(now["layers"]):
@@ -210,7 +217,11 @@ def check_seal(chain: Chain, seal: dict[str, Any], progress: Progress | None = N
         out.changes.append("the images that were sealed stand in another order")
     if now["missing"] != seal.get("missing") and (now["missing"] or seal.get("missing")):
         _compare_missing(now["missing"], seal.get("missing"), out)
-    if not same:
+    if now["point"]["sha256"] is None:
+        out.notes.append(f"what the guest sees cannot be read: {now['unreadable']}")
+    elif seal["point"]["sha256"] is None:
+        out.notes.append("what the guest sees could not be read when the chain was sealed")
+    elif not same:
         out.changes.append("the guest sees another content than was sealed")
     return out
 
