@@ -37,12 +37,13 @@ def extract(
     """Write the raw content, or a range of it; sparse where it is zero."""
     from qchain.forensics.extract import extract_to_file, extract_to_stream
 
+    from .merge import ending_in_order
     from .opening import missing_field, missing_lines, open_for
 
     start, length = (0, None) if range_ is None else _parse_range(range_)
     if output == "-" and common.json:
         raise UsageError("--json", "the content goes to stdout", "give -o a file")
-    with open_for(image, common) as opened, common.reporter() as reporter:
+    with ending_in_order(), open_for(image, common) as opened, common.reporter() as reporter:
         reporter.step("extracting", opened.size if length is None else length)
         if output != "-":
             count = extract_to_file(opened.layers, Path(output), start, length, reporter.advance)

@@ -36,9 +36,10 @@ def leaks(
     from qchain.qcow2.check import check_image
     from qchain.qcow2.header import read_header
 
+    from .merge import ending_in_order
     from .opening import refuse_writer
 
-    with common.gate().open_named(image) as file, common.reporter() as reporter:
+    with ending_in_order(), common.gate().open_named(image) as file, common.reporter() as reporter:
         if not common.force_share:
             refuse_writer(image, file)
         if named_format(file, common.format) != "qcow2":

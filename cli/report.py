@@ -32,11 +32,13 @@ def report(
     from qchain.forensics.page import page
     from qchain.forensics.report import collect
 
+    from .merge import ending_in_order
     from .opening import missing_field, missing_lines, open_for
     from .tables import count_text
 
     # The new file first: hours of digesting must not end in a name that is taken.
     with (
+        ending_in_order(),
         open_for(image, common) as opened,
         new_file(output, 0o644) as stream,
         common.reporter() as reporter,

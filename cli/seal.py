@@ -34,12 +34,13 @@ def seal(
     from qchain.forensics.seal import SEAL_SUFFIX, make_seal, seal_text
     from qchain.forensics.staleness import staleness
 
+    from .merge import ending_in_order
     from .opening import missing_lines, open_for
     from .tables import count_text
 
     where = output or active.with_name(active.name + SEAL_SUFFIX)
     # The new file first: hours of digesting must not end in a name that is taken.
-    with open_for(active, common) as opened, new_file(where, 0o644) as stream:
+    with ending_in_order(), open_for(active, common) as opened, new_file(where, 0o644) as stream:
         warnings = staleness(opened.layers)
         with common.reporter() as reporter:
             reporter.step("digesting", opened.size)

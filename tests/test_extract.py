@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from fixtures.build import build_chain
 from fixtures.generate import chains
 from fixtures.language import LayerSpec
-from fixtures.oracle import raw_of, run_tool
+from fixtures.oracle import qemu_img, raw_of, run_tool
 from fixtures.shadow import shadow_points
 
 K = 1 << 10
@@ -155,3 +156,26 @@ def test_a_pipe_that_takes_no_more(tmp_path: Path) -> None:
             )
         line = Result(done.returncode, "", done.stderr).fails(5)
         assert "output: cannot be written: no space left on device" in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_nothing_stays_when_it_is_stopped(tmp_path: Path, number: signal.Signals) -> None:
+    """In the midst of it, as the progress says; then the file is gone."""
+    raw, image, out = tmp_path / "raw", tmp_path / "image.qcow2", tmp_path / "out"
+    with raw.open("wb") as stream:
+        for at in range(128):
+            stream.write(bytes([at + 1]) * M)
+    qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=4k", raw, image)
+    raw.unlink()
+    words = [COMMAND, "extract", "--progress", "json", image, "-o", out]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            event = json.loads(line)
+            if event["done"]:
+                break
+        assert event["done"] < event["total"] and out.exists()
+        process.send_signal(number)
+        rest = process.stderr.read().splitlines()
+    assert process.returncode == 130 and rest[-1] == "qchain: interrupted"
+    assert [path.name for path in tmp_path.iterdir()] == [image.name]
