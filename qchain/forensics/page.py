@@ -39,7 +39,7 @@ th { font-weight: 600; white-space: nowrap; }
 td.w, th.w { min-width: 9rem; overflow-wrap: anywhere; }
 td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 code, .digest { font: .8125rem/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
-.picture { width: 100%; height: auto; display: block; }
+.picture { width: 100%; min-width: 42rem; height: auto; display: block; }
 .picture text { fill: var(--ink); font: 14px system-ui, sans-serif; }
 .picture .small { fill: var(--faint); font-size: 12px; }
 .picture .end { text-anchor: end; }
@@ -57,7 +57,7 @@ code, .digest { font: .8125rem/1.5 ui-monospace, monospace; overflow-wrap: anywh
 .l1 { opacity: .3; } .l2 { opacity: .5; } .l3 { opacity: .75; } .l4 { opacity: 1; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.25rem; margin: 1rem 0; }
 dt { color: var(--faint); } dd { margin: 0; }
-@media print { body { margin: 0; max-width: none; } }
+@media print { body { margin: 0; max-width: none; } .picture { min-width: 0; } }
 """
 
 
@@ -78,13 +78,13 @@ def page(report: Report) -> str:
             '<p class="key">Each image backs on the one below. Bars: bytes that the guest sees '
             "from this image, then (lighter) bytes that an image above hides.</p>"
         ),
-        chain_picture(report.layers, report.missing),
+        _scrolled(chain_picture(report.layers, report.missing)),
         "<h2>Who owns which part of the disk</h2>",
         (
             f'<p class="key">Each column is {human(report.virtual_size / report.shares.shape[1])}; '
             "the stronger the colour, the more of it comes from this layer.</p>"
         ),
-        ownership_map(report),
+        _scrolled(ownership_map(report)),
         "<h2>Problems, warnings, notes</h2>",
         _problems(report),
         "<h2>Layers</h2>",
@@ -119,6 +119,11 @@ def page(report: Report) -> str:
         + "\n</body></html>\n"
     )
     return text.encode("ascii", "xmlcharrefreplace").decode("ascii")
+
+
+def _scrolled(html: str) -> str:
+    """What may be wider than a small screen."""
+    return f'<div class="scroll">{html}</div>'
 
 
 def _verdict(report: Report) -> str:
