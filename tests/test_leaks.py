@@ -178,6 +178,8 @@ def test_random_images_against_their_refcounts(specs: list[LayerSpec]) -> None:
         (TEXT * 3000, "text"),
         (os.urandom(200_000), "random or compressed"),
         (bytes(range(64)) * 3000, "data"),
+        (os.urandom(4097), "random or compressed"),
+        (b"\x80", "data"),
     ],
 )
 def test_looking(tmp_path: Path, data: bytes, summary: str) -> None:

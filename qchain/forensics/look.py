@@ -81,10 +81,10 @@ def look_at(file: HostFile, start: int, length: int) -> Look:
     magic: list[tuple[int, str]] = []
     sample = ""
     for offset, data in _data(file, start, length, _SECTOR):
-        found = np.bincount(np.frombuffer(data, np.uint8), minlength=256)
-        counts += found
-        if found[0] == len(data):
+        if not np.frombuffer(data, np.uint8).any():
+            counts[0] += len(data)
             continue
+        counts += _histogram(data)
         sample = sample or _words(data)
         for low in _heads(data):
             if len(magic) >= MAX_MAGIC:
@@ -99,6 +99,16 @@ def look_at(file: HostFile, start: int, length: int) -> Look:
     entropy = float(-(shares * np.log2(shares)).sum()) if total else 0.0
     printable = int(counts[32:127].sum() + counts[9:11].sum() + counts[13])
     return Look(nonzero, abs(entropy), printable / max(nonzero, 1), tuple(magic), sample)
+
+
+def _histogram(data: bytes) -> npt.NDArray[np.int64]:
+    """How often each byte occurs. Counted in pairs, which is more than twice as fast."""
+    pairs = np.frombuffer(data, np.uint16, len(data) // 2)
+    table = np.bincount(pairs, minlength=1 << 16).reshape(256, 256)
+    counts: npt.NDArray[np.int64] = table.sum(axis=0) + table.sum(axis=1)
+    if len(data) % 2:
+        counts[data[-1]] += 1
+    return counts
 
 
 def _heads(data: bytes) -> list[int]:
