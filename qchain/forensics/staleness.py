@@ -15,9 +15,10 @@ flushes the base just after the overlay was made, hence `GRACE`.
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ __all__ = [
 GRACE = 60_000_000_000
 """Nanoseconds that a base may be newer than its overlay without a warning."""
 
-_MAX_SEAL = 16 << 20
+_MAX_SEAL, _MAX_SEALS = 4 << 20, 16 << 20  # bytes of one seal, and of all of a chain
 _STATX_BTIME = 0x800
 _AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
@@ -124,26 +125,29 @@ def seal_signs(layers: Sequence[Layer]) -> list[str]:
     'qchain verify'. A seal that cannot be read is passed over, for anybody can put one there.
     """
     found: dict[str, None] = {}
+    header = functools.cache(lambda file: file_digest(file, HEADER_BYTES))
+    room = _MAX_SEALS
     for depth, layer in enumerate(layers):
         path = layer.path.with_name(layer.path.name + SEAL_SUFFIX)
         try:
-            seal = read_seal(path, _MAX_SEAL)
-        except QchainError:
+            room -= path.stat().st_size
+            seal = read_seal(path, _MAX_SEAL if room > 0 else 0)
+        except (QchainError, OSError, ValueError):
             continue
         sealed = {entry["name"]: entry for entry in seal["layers"]}
         for each in layers[depth:]:
             entry = sealed.get(each.path.name)
-            what = None if entry is None else _against(each, entry)
+            what = None if entry is None else _against(each, entry, header)
             if what is not None:
                 text = f"{each.path.name}: {what} was sealed ({path.name}, {seal['sealed']})"
                 found[f"{text}: it was changed since"] = None
     return list(found)
 
 
-def _against(layer: Layer, entry: dict[str, Any]) -> str | None:
+def _against(layer: Layer, entry: dict[str, Any], header: Callable[[HostFile], str]) -> str | None:
     if layer.file.size != entry["size"]:
         return f"is {layer.file.size} bytes long, not {entry['size']} as"
-    if file_digest(layer.file, HEADER_BYTES) != entry["header_sha256"]:
+    if header(layer.file) != entry["header_sha256"]:
         return "has other first 64 KiB than"
     if layer.file.mtime_ns > entry["mtime_ns"] + GRACE:
         return f"was written at {_when(layer.file.mtime_ns)}, later than the file that"
