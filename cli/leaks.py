@@ -31,7 +31,7 @@ def leaks(
 ) -> None:
     """List leaked and free clusters and the slack at the end, and look at what is in them."""
     from qchain.chain.chain import named_format
-    from qchain.forensics.look import knows_magic, look_at
+    from qchain.forensics.look import MAX_MAGIC, knows_magic, look_at
     from qchain.forensics.unused import unused_ranges
     from qchain.qcow2.check import check_image
     from qchain.qcow2.header import read_header
@@ -56,6 +56,8 @@ def leaks(
             reporter.advance(each.start, file.size)
         if ranges and not knows_magic():
             note("few kinds of files are known by their magic: pip install 'qchain[forensics]'")
+        if any(len(look.magic) >= MAX_MAGIC for _, look in found):
+            note(f"{image}: of one range only the first {MAX_MAGIC} beginnings of files are named")
         saved = {} if extract is None else _save(file, found, extract)
     sums = {
         f"{kind}_bytes": sum(each.length for each in ranges if each.kind == kind)

@@ -347,6 +347,27 @@ def test_a_partition_that_was_added(tmp_path: Path, label: str) -> None:
     assert "the partition table is not the same" in text
 
 
+def test_logical_partitions(tmp_path: Path) -> None:
+    """The extended partition that holds them is none that could be named or not."""
+    fs = make_ext(tmp_path, "ext4")
+    disk = sparse(tmp_path / "disk.raw", 64 * M)
+    table = "label: dos\nstart=2048,size=8192\nstart=16384,type=5\nstart=20480,size=32768\n"
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    words = ["env", f"PATH={path}", "sfdisk", "-q", disk]
+    subprocess.run(words, input=table, text=True, check=True, capture_output=True)
+    run_tool(["dd", f"if={fs}", f"of={disk}", "bs=1M", "seek=10", "conv=notrunc"])
+    image = tmp_path / "a.qcow2"
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", disk, image)
+    tamper(disk, 10 * M)
+    report = run("diff", "--json", "--files", "-F", "raw", image, disk).json["files"]
+    assert report["reason"] is None and changes_of(report) == EXPECTED
+    assert {entry["partition"] for entry in report["changes"]} == {5}
+    assert [(each["number"], each["changed"]) for each in report["partitions"]] == [
+        (1, False),
+        (5, True),
+    ]
+
+
 def test_hostile_names_of_files(tmp_path: Path) -> None:
     """Names in the guest's filesystem are data from outside too."""
     raw = make_ext(tmp_path, "ext4")

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from qchain.forensics.newfile import new_file, write_all
 from qchain.hostfile import HostFile
 
-__all__ = ["Look", "knows_magic", "look_at", "save_range"]
+__all__ = ["MAX_MAGIC", "Look", "knows_magic", "look_at", "save_range"]
 
 _PIECE = 4 << 20
 _SECTOR = 512
