@@ -15,7 +15,7 @@ from .output import absolute, note, write, write_json
 
 if TYPE_CHECKING:
     from qchain.chain.chain import Chain
-    from qchain.forensics.seal import SealCheck
+    from qchain.forensics.sealcheck import SealCheck
 
 __all__ = ["seal", "verify"]
 
@@ -64,7 +64,8 @@ def verify(
     seal: Annotated[Path, typer.Option("--seal", metavar="FILE", help="What 'seal' wrote.")],
 ) -> None:
     """Hold a chain against its seal (exit 0: intact, 1: changed)."""
-    from qchain.forensics.seal import check_seal, read_seal
+    from qchain.forensics.seal import read_seal
+    from qchain.forensics.sealcheck import check_seal
 
     from .opening import missing_field, open_for
 
