@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import Common, command
-from .output import absolute, console, note, write, write_json
+from .output import absolute, note, write, write_json
 
 if TYPE_CHECKING:
     from qchain.chain.chain import Chain
@@ -25,7 +25,7 @@ def chain(
 ) -> None:
     """Show a chain: its layers, what they hold, and who owns which region of the disk."""
     from qchain.chain.ownership import ownership
-    from qchain.forensics.staleness import staleness
+    from qchain.forensics.staleness import relocated, staleness
 
     from .opening import missing_field, open_for
 
@@ -37,10 +37,11 @@ def chain(
         if common.json:
             layers = [_as_json(*pair) for pair in zip(opened.layers, owned, strict=True)]
             fields = {"virtual_size": opened.size, "layers": layers, "warnings": warnings}
+            fields["relocated"] = relocated(opened.layers)
             write_json(fields | missing_field(opened))
         else:
             _show(opened, owned)
-            for text in warnings:
+            for text in (*relocated(opened.layers), *warnings):
                 note(text)
 
 
@@ -65,7 +66,7 @@ def _show(opened: Chain, owned: list[Ownership]) -> None:
     from qchain.chain.counts import owned_by_region
 
     from .picture import REGIONS, draw
-    from .tables import count_text, size_text, table
+    from .tables import count_text, size_text, write_table
 
     layers = opened.layers
     count = count_text(len(layers), "layer")
@@ -86,5 +87,5 @@ def _show(opened: Chain, owned: list[Ownership]) -> None:
     if opened.missing is not None:
         rows.append((len(rows), opened.missing.name, "missing", "-", "-", "-", "-", "-"))
     heads = ("#>", "image", "format", "virtual>", "on disk>", "allocated>", "owned>", "shadowed>")
-    console().print(table(heads, rows))
+    write_table(heads, rows)
     write("\n" + draw(owned_by_region(layers, REGIONS), opened.size))

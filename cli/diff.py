@@ -49,7 +49,7 @@ def diff(
     from qchain.forensics.files import changed_files
     from qchain.verify.compare import MAX_RANGES
 
-    from .opening import missing_field, open_for
+    from .opening import missing_field, missing_lines, open_for
 
     report = None
     gate = common.gate()
@@ -69,7 +69,8 @@ def diff(
             missing = missing_field(left) | missing_field(right, "missing_b")
             write_json(_as_json(found, left, right, report) | missing)
         else:
-            write(_text(found, left, right, report))
+            missing_text = "".join(f"{line}\n" for line in missing_lines(left, right))
+            write(_text(found, left, right, report) + missing_text)
     if not complete:
         note(f"{a}: {MAX_RANGES} ranges or more differ; only so many are listed")
     if report is not None and report.reason is not None:
@@ -105,30 +106,45 @@ def _text(found: list[Difference], left: Chain, right: Chain, report: FileReport
     def layer(chain: Chain, depth: int | None) -> str:
         return "(past its end)" if depth is None else printable(chain.layers[depth].path.name)
 
+    from .tables import fold
+
     if not found:
         return "identical\n"
-    lines = [f"{'start':>16} {'length':>16}  layer of A -> layer of B"]
+    lines = [f"{'start':>16} {'length':>16}  layer of A -> layer of B\n"]
     lines += [
-        f"{each.start:16} {each.length:16}  {layer(left, each.a)} -> {layer(right, each.b)}"
+        fold(
+            f"{each.start:16} {each.length:16}  ",
+            f"{layer(left, each.a)} -> {layer(right, each.b)}",
+            " " * 35,
+        )
         for each in found
     ]
     if report is not None:
-        lines += ["", *_file_lines(report)]
-    return "\n".join(lines) + "\n"
+        lines += ["\n", *(fold("", line, " " * 10) for line in _file_lines(report))]
+    return "".join(lines)
 
 
 def _file_lines(report: FileReport) -> list[str]:
+    from .tables import size_text
+
     lines = []
     if report.table_changed:
         lines.append("the partition table is not the same")
     for part in report.partitions:
         where = "the disk" if part.number is None else f"partition {part.number}"
-        if part.changed and part.reason:
-            lines.append(f"{where}: files not named: {part.reason}")
-        elif not part.changed:
-            lines.append(f"{where}: unchanged")
+        what = f"{where} ({part.filesystem or 'unknown content'}, {size_text(part.length)})"
+        if not part.changed and not part.reason:
+            lines.append(f"{what}: unchanged")
+        elif part.reason:
+            lines.append(f"{what}: files not named: {part.reason}")
+        else:
+            lines.append(f"{what}: changed")
     for change in report.changes:
-        where = "" if change.partition is None else f"{change.partition}:"
-        fields = f"  ({', '.join(change.fields)})" if change.fields else ""
-        lines.append(f"{change.change:<9} {where}{printable(change.path)}{fields}")
+        place = "" if change.partition is None else f"{change.partition}:"
+        fields = ", ".join(change.fields)
+        if change.change == "content" and not {"mtime", "ctime"} & set(change.fields):
+            fields = f"{fields}, but no time of change" if fields else "and no time of change"
+        lines.append(
+            f"{change.change:<9} {place}{printable(change.path)}{f'  ({fields})' if fields else ''}"
+        )
     return [*lines, *(f"note: {printable(text)}" for text in report.notes)]

@@ -37,12 +37,13 @@ def extract(
     """Write the raw content, or a range of it; sparse where it is zero."""
     from qchain.forensics.extract import extract_to_file, extract_to_stream
 
-    from .opening import missing_field, open_for
+    from .merge import ending_in_order
+    from .opening import missing_field, missing_lines, open_for
 
     start, length = (0, None) if range_ is None else _parse_range(range_)
     if output == "-" and common.json:
         raise UsageError("--json", "the content goes to stdout", "give -o a file")
-    with open_for(image, common) as opened, common.reporter() as reporter:
+    with ending_in_order(), open_for(image, common) as opened, common.reporter() as reporter:
         reporter.step("extracting", opened.size if length is None else length)
         if output != "-":
             count = extract_to_file(opened.layers, Path(output), start, length, reporter.advance)
@@ -60,7 +61,7 @@ def extract(
         fields = {"output": absolute(Path(output)), "start": start, "length": count}
         write_json(fields | missing_field(opened))
     else:
-        write(f"{count} bytes extracted\n")
+        write("\n".join([f"{count} bytes extracted", *missing_lines(opened), ""]))
 
 
 def _stdout() -> BinaryIO:

@@ -26,7 +26,7 @@ def hash_(
     """Digest of the raw content, equal to that of 'qemu-img convert -O raw'."""
     from qchain.chain.digest import digest
 
-    from .opening import missing_field, open_for
+    from .opening import missing_field, missing_lines, open_for
 
     with open_for(image, common) as opened:
         with common.reporter() as reporter:
@@ -37,4 +37,6 @@ def hash_(
         fields = {"algorithm": algorithm, "digest": found, "virtual_size": size}
         write_json(fields | missing_field(opened))
     else:
-        write(f"{found}  {printable(image)}\n")
+        # Comments to sha256sum.
+        comments = [f"# {line}" for line in missing_lines(opened)]
+        write("\n".join([f"{found}  {printable(image)}", *comments, ""]))

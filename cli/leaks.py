@@ -10,7 +10,7 @@ import typer
 from qchain.errors import ImageError, UsageError, printable
 
 from .options import Common, command
-from .output import absolute, console, note, write, write_json
+from .output import absolute, note, write, write_json
 
 if TYPE_CHECKING:
     from qchain.forensics.look import Look
@@ -31,14 +31,15 @@ def leaks(
 ) -> None:
     """List leaked and free clusters and the slack at the end, and look at what is in them."""
     from qchain.chain.chain import named_format
-    from qchain.forensics.look import knows_magic, look_at
+    from qchain.forensics.look import MAX_MAGIC, knows_magic, look_at
     from qchain.forensics.unused import unused_ranges
     from qchain.qcow2.check import check_image
     from qchain.qcow2.header import read_header
 
+    from .merge import ending_in_order
     from .opening import refuse_writer
 
-    with common.gate().open_named(image) as file, common.reporter() as reporter:
+    with ending_in_order(), common.gate().open_named(image) as file, common.reporter() as reporter:
         if not common.force_share:
             refuse_writer(image, file)
         if named_format(file, common.format) != "qcow2":
@@ -51,10 +52,12 @@ def leaks(
         reporter.step("looking", sum(each.length for each in ranges))
         found = []
         for each in ranges:
-            found.append((each, look_at(file, each.start, each.length, header.cluster_size)))
+            found.append((each, look_at(file, each.start, each.length)))
             reporter.advance(each.start, file.size)
         if ranges and not knows_magic():
-            note("file magic is not looked for: pip install 'qchain[forensics]'")
+            note("few kinds of files are known by their magic: pip install 'qchain[forensics]'")
+        if any(len(look.magic) >= MAX_MAGIC for _, look in found):
+            note(f"{image}: of one range only the first {MAX_MAGIC} beginnings of files are named")
         saved = {} if extract is None else _save(file, found, extract)
     sums = {
         f"{kind}_bytes": sum(each.length for each in ranges if each.kind == kind)
@@ -104,7 +107,7 @@ def _as_json(each: UnusedRange, look: Look, saved: dict[int, Path]) -> dict[str,
 def _show(
     sums: dict[str, int], found: list[tuple[UnusedRange, Look]], saved: dict[int, Path]
 ) -> None:
-    from .tables import size_text, table
+    from .tables import fold, size_text, write_table
 
     words = ", ".join(
         f"{size_text(size)} {name.removesuffix('_bytes')}" for name, size in sums.items()
@@ -119,12 +122,16 @@ def _show(
             size_text(each.length),
             look.summary,
             f"{look.entropy:.2f}",
-            "; ".join(dict.fromkeys(name for _, name in look.magic)) or look.sample[:40],
+            look.sample[:40],
         )
         for each, look in found
     ]
-    heads = ("kind", "at>", "length>", "content", "entropy>", "begins, or first words")
+    heads = ("kind", "at>", "length>", "content", "entropy>", "first words")
     write("\n")
-    console().print(table(heads, rows))
+    write_table(heads, rows)
+    begins = [(offset, name) for _, look in found for offset, name in look.magic]
+    if begins:
+        write("\nhere a file seems to begin\n")
+        write_table(("at>", "of this kind"), begins)
     for path in saved.values():
-        write(f"saved {printable(path)}\n")
+        write(fold("saved ", printable(path), "      "))

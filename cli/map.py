@@ -38,10 +38,13 @@ def map_(
     if layer:
         _layer_map(image, common)
         return
-    from .opening import open_for
+    from .opening import missing_lines, open_for
 
     with open_for(image, common) as opened:
-        _write_map(opened.layers, common)
+        bottom = None if opened.missing is None else len(opened.layers) - 1
+        _write_map(opened.layers, common, bottom)
+        if not common.json:
+            write("".join(f"{line}\n" for line in missing_lines(opened)))
 
 
 def _layer_map(image: Path, common: Point) -> None:
@@ -61,14 +64,15 @@ def _layer_map(image: Path, common: Point) -> None:
             found.data.close()
 
 
-def _write_map(layers: Sequence[Layer], common: Common) -> None:
+def _write_map(layers: Sequence[Layer], common: Common, missing: int | None = None) -> None:
+    """`missing`: the layer whose backing file is missing and taken for zeroes."""
     with common.reporter() as reporter:
         reporter.step("mapping", layers[0].size)
         if not layers[0].size:
             write("[]\n" if common.json else "the disk has no bytes\n")
             return
         first = True
-        for text, end in _texts(layers, common.json):
+        for text, end in _texts(layers, common.json, missing):
             if first:
                 # Every extent of the document has a comma and a newline before it.
                 head = f"{'start':>16} {'length':>16} depth  what        offset\n"
@@ -80,7 +84,9 @@ def _write_map(layers: Sequence[Layer], common: Common) -> None:
             write("]\n")
 
 
-def _texts(layers: Sequence[Layer], as_json: bool) -> Iterator[tuple[bytes, int]]:
+def _texts(
+    layers: Sequence[Layer], as_json: bool, missing: int | None
+) -> Iterator[tuple[bytes, int]]:
     """The text of each window and the guest offset where it ends.
 
     The next window is read while a thread makes the text of the one before.
@@ -96,7 +102,7 @@ def _texts(layers: Sequence[Layer], as_json: bool) -> Iterator[tuple[bytes, int]
     with ThreadPoolExecutor(1) as pool:
         for table in joined_runs(layers):
             end = int(table.start[-1] + table.length[-1])
-            waiting.append((pool.submit(json_lines if as_json else _lines, table), end))
+            waiting.append((pool.submit(json_lines if as_json else _lines, table, missing), end))
             if len(waiting) > _AHEAD:
                 future, end = waiting.popleft()
                 yield future.result(), end
@@ -104,8 +110,8 @@ def _texts(layers: Sequence[Layer], as_json: bool) -> Iterator[tuple[bytes, int]
             yield future.result(), end
 
 
-def _lines(table: Runs) -> bytes:
-    """The runs as a table for people, one per line, in bytes."""
+def _lines(table: Runs, missing: int | None) -> bytes:
+    """The runs as a table for people, one per line, in bytes (`json_lines`)."""
     import numpy as np
 
     from qchain.qcow2.entries import NO_HOST, Kind
@@ -118,6 +124,9 @@ def _lines(table: Runs) -> bytes:
         number: f"{number // 8:5}  {words.get(Kind(number % 8), 'nothing'):<10}"
         for number in set(classes)
     }
+    if missing is not None:
+        number = missing * 8 + Kind.UNALLOCATED
+        tails[number] = f"{missing:5}  {'missing':<10}"
     columns = (table.start.tolist(), table.length.tolist(), classes, hosts)
     return "".join(
         [

@@ -48,8 +48,13 @@ def _digits() -> Words:
     return np.frombuffer(words, np.uint32)
 
 
-def json_lines(table: Runs) -> bytes:
-    """The runs as `qemu-img map --output=json` writes them, each after a comma and a newline."""
+def json_lines(table: Runs, missing: int | None = None) -> bytes:
+    """The runs as `qemu-img map --output=json` writes them, each after a comma and a newline.
+
+    Args:
+        missing: depth of the layer whose backing file is missing: what it does not allocate
+            gets a field `missing`.
+    """
     pieces = []
     for low in range(0, len(table), ROWS):
         part = slice(low, low + ROWS)
@@ -60,13 +65,18 @@ def json_lines(table: Runs) -> bytes:
                 table.length[part].astype(np.uint64),
                 depth * _KINDS + table.kind[part],
                 table.host[part],
+                None if missing is None else missing * _KINDS + Kind.UNALLOCATED,
             )
         )
     return b"".join(pieces)
 
 
 def _json_rows(
-    start: Numbers, length: Numbers, classes: npt.NDArray[np.int64], host: Numbers
+    start: Numbers,
+    length: Numbers,
+    classes: npt.NDArray[np.int64],
+    host: Numbers,
+    missing: int | None,
 ) -> memoryview:
     has_host = host != np.uint64(NO_HOST)
     host = np.where(has_host, host, np.uint64(0))
@@ -75,7 +85,7 @@ def _json_rows(
     place = np.zeros(int(present[-1]) + 1, np.intp)
     place[present] = np.arange(len(present))
 
-    middles = [_middle(int(code)) for code in present]
+    middles = [_middle(int(code), missing) for code in present]
     widths = (16, _width(start), 12, _width(length), max(map(len, middles)), _width(host), 4)
     ends = np.cumsum(widths).tolist()
     templates = np.frombuffer(
@@ -130,8 +140,12 @@ def _write_numbers(
 
 
 @functools.cache
-def _middle(code: int) -> bytes:
-    """What stands between the length and the host offset (or the end), padded to words."""
+def _middle(code: int, missing: int | None) -> bytes:
+    """What stands between the length and the host offset (or the end), padded to words.
+
+    Args:
+        missing: the class (depth and kind) of what a missing file would have held.
+    """
     number, has_host = divmod(code, 2)
     depth, kind = divmod(number, _KINDS)
     data = kind in (Kind.DATA, Kind.COMPRESSED)
@@ -141,6 +155,8 @@ def _middle(code: int) -> bytes:
         "data": data,
         "compressed": kind == Kind.COMPRESSED,
     }
+    if number == missing:
+        fields["missing"] = True
     flags = "".join(f', "{name}": {str(is_set).lower()}' for name, is_set in fields.items())
     text = f', "depth": {depth}{flags}' + (', "offset": ' if has_host else "")
     return text.encode("ascii").ljust(-(-len(text) // 4) * 4, b"\0")

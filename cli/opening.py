@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qchain.errors import Refused
+from qchain.errors import Refused, printable
 
 from .options import Point
 from .output import absolute, note
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .options import Common
 
-__all__ = ["missing_field", "open_for", "refuse_writer"]
+__all__ = ["missing_field", "missing_lines", "open_for", "refuse_writer"]
 
 
 def refuse_writer(path: Path, file: HostFile) -> None:
@@ -59,8 +59,18 @@ def open_for(path: Path, common: Common, gate: Gate | None = None) -> Chain:
         chain.close()
         raise
     if chain.missing is not None:
-        note(f"{chain.missing}: missing, taken for zeroes (--missing zero)")
+        note(_missing_text(chain.missing))
     return chain
+
+
+def _missing_text(path: Path) -> str:
+    return f"{path}: missing, taken for zeroes (--missing zero)"
+
+
+def missing_lines(*chains: Chain) -> list[str]:
+    """For text on stdout: what is missing and taken for zeroes. stderr alone may get lost."""
+    found = (chain.missing for chain in chains if chain.missing is not None)
+    return [printable(_missing_text(path)) for path in dict.fromkeys(found)]
 
 
 def missing_field(chain: Chain, name: str = "missing") -> dict[str, str]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
+import shutil
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
-from qchain.errors import QchainError, Refused, UsageError, printable
+from qchain.errors import Refused, UsageError, WriteFailed, printable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,25 +18,30 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = [
+    "ENDLESS",
     "NotWritten",
     "OutputClosed",
     "absolute",
+    "columns",
     "console",
     "note",
     "save_json",
+    "shell_word",
     "write",
     "write_ascii",
     "write_error",
     "write_json",
 ]
 
+ENDLESS = 1 << 20
+"""Columns of what is no terminal: names stay whole, one row is one line."""
 
-class NotWritten(QchainError):
+
+class NotWritten(WriteFailed):
     """stdout cannot be written: a full disk."""
 
     def __init__(self, error: OSError) -> None:
-        why = f"cannot be written: {(error.strerror or str(error)).lower()}"
-        super().__init__("output", why, "")
+        super().__init__("output", error)
 
 
 class OutputClosed(Exception):
@@ -126,6 +133,20 @@ def absolute(path: Path) -> str:
     return os.path.abspath(path)
 
 
+def shell_word(word: str) -> str:
+    """`word` quoted for a shell, harmless to a terminal.
+
+    `$'...'` is understood by bash, zsh, ksh and POSIX shells since 2024.
+    """
+    if word.isprintable():
+        return shlex.quote(word)
+    safe = (
+        chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\{byte:03o}"
+        for byte in os.fsencode(word)
+    )
+    return f"$'{''.join(safe)}'"
+
+
 class _Stream:
     """What rich writes to. It would end the process on a broken pipe, amid a merge even.
 
@@ -153,8 +174,15 @@ class _Stream:
         return getattr(self._stream, name)
 
 
+def columns() -> int:
+    """Columns that a line on stdout may have: those of the terminal, `ENDLESS` if it is none."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return ENDLESS
+    return shutil.get_terminal_size().columns
+
+
 def console(stderr: bool = False) -> Console:
-    """A rich console: 80 columns and no colour unless it is a terminal, no markup ever."""
+    """A rich console: no line is broken and no colour unless it is a terminal, no markup ever."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
@@ -164,7 +192,7 @@ def console(stderr: bool = False) -> Console:
     plain = not terminal or bool(os.environ.get("NO_COLOR"))
     return Console(
         file=_Stream(stream),  # type: ignore[arg-type]
-        width=None if terminal else 80,
+        width=None if terminal else ENDLESS,
         # Named, because the environment (FORCE_COLOR) would decide otherwise.
         force_terminal=terminal,
         color_system=None if plain else "auto",

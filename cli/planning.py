@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,8 @@ import typer
 from qchain.errors import ExitCode, Refused, UsageError, printable
 
 from .options import LATER, Common, Merging
-from .output import console, note, write
+from .output import console, note, shell_word, write
+from .tables import count_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,11 +87,16 @@ def program() -> str:
 
 
 def refuse(plan: Plan) -> None:
-    """Each refusal of the plan is a line on stderr, and the end (exit 3)."""
-    for line in plan.refusals:
-        note(line)
-    if plan.refusals:
-        raise typer.Exit(ExitCode.REFUSED)
+    """The refusals of the plan are the end (exit 3): the first in words, the others counted.
+
+    An error is one line, and to do what the first asks for is the next step in any case.
+    """
+    if not plan.refusals:
+        return
+    more = len(plan.refusals) - 1
+    rest = f" ({count_text(more, 'more reason')}: see --json)" if more else ""
+    note(f"{plan.refusals[0]}{rest}")
+    raise typer.Exit(ExitCode.REFUSED)
 
 
 def write_commands(plan: Plan) -> None:
@@ -105,26 +110,13 @@ def write_commands(plan: Plan) -> None:
 
 
 def _escaped(step: Step) -> str:
-    """The line of a step whose names hold what no terminal should get.
-
-    `$'...'` is understood by bash, zsh, ksh and POSIX shells since 2024.
-    """
+    """The line of a step whose names hold what no terminal should get."""
     from qchain.plan.steps import Command, arguments
 
-    line = " ".join(_word(word) for word in arguments(step, program()) or ())
+    line = " ".join(shell_word(word) for word in arguments(step, program()) or ())
     if isinstance(step, Command) and step.cwd is not None:
-        return f"(cd {_word(str(step.cwd))} && {line})"
+        return f"(cd {shell_word(str(step.cwd))} && {line})"
     return line
-
-
-def _word(word: str) -> str:
-    if word.isprintable():
-        return shlex.quote(word)
-    safe = (
-        chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\{byte:03o}"
-        for byte in os.fsencode(word)
-    )
-    return f"$'{''.join(safe)}'"
 
 
 def show_plan(plan: Plan, stderr: bool = False) -> None:
@@ -141,6 +133,10 @@ def show_plan(plan: Plan, stderr: bool = False) -> None:
         if len(plan.groups) > 1:
             out.print(safe(f"Group {number} of {len(plan.groups)}"))
         _show_group(out, plan, group, fields)
+    if len(plan.refusals) > 1:
+        out.print()
+        for line in plan.refusals:
+            out.print(safe(f"refused: {line}"))
     if plan.steps and not stderr:
         out.print()
         out.print(safe(f"{len(plan.steps)} steps; --dry-run prints the commands."))

@@ -11,7 +11,7 @@ import typer
 from qchain.errors import printable
 
 from .options import Common, command
-from .output import absolute, write, write_json
+from .output import absolute, shell_word, write, write_json
 
 __all__ = ["report"]
 
@@ -32,13 +32,20 @@ def report(
     from qchain.forensics.page import page
     from qchain.forensics.report import collect
 
-    from .opening import missing_field, open_for
+    from .merge import ending_in_order
+    from .opening import missing_field, missing_lines, open_for
+    from .tables import count_text
 
-    with open_for(image, common) as opened, common.reporter() as reporter:
+    # The new file first: hours of digesting must not end in a name that is taken.
+    with (
+        ending_in_order(),
+        open_for(image, common) as opened,
+        new_file(output, 0o644) as stream,
+        common.reporter() as reporter,
+    ):
         reporter.step("reading", opened.size)
-        words = ["qchain", *sys.argv[1:]]
+        words = " ".join(shell_word(word) for word in ("qchain", *sys.argv[1:]))
         found = collect(opened, words, not no_digests, reporter.advance)
-    with new_file(output, 0o644) as stream:
         write_all(stream, page(found).encode("ascii"))
     problems = sum(len(layer.problems) for layer in found.layers)
     if common.json:
@@ -53,4 +60,6 @@ def report(
             | missing_field(opened)
         )
     else:
-        write(f"report on {len(found.layers)} images in {printable(output)}\n")
+        images = count_text(len(found.layers), "image")
+        line = f"report on {images} in {printable(output)}"
+        write("\n".join([line, *missing_lines(opened), ""]))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +12,10 @@ from qchain.errors import ExitCode, printable
 
 from .options import Common, command
 from .output import absolute, note, write, write_json
+
+if TYPE_CHECKING:
+    from qchain.chain.chain import Chain
+    from qchain.forensics.sealcheck import SealCheck
 
 __all__ = ["seal", "verify"]
 
@@ -25,26 +30,31 @@ def seal(
     ] = None,
 ) -> None:
     """Write a manifest of digests: every file of the chain, and what the guest sees."""
-    from qchain.forensics.seal import make_seal, write_seal
+    from qchain.forensics.newfile import new_file, write_all
+    from qchain.forensics.seal import SEAL_SUFFIX, make_seal, seal_text
     from qchain.forensics.staleness import staleness
 
-    from .opening import open_for
+    from .merge import ending_in_order
+    from .opening import missing_lines, open_for
+    from .tables import count_text
 
-    where = output or active.with_name(active.name + ".seal.json")
-    with open_for(active, common) as opened:
+    where = output or active.with_name(active.name + SEAL_SUFFIX)
+    # The new file first: hours of digesting must not end in a name that is taken.
+    with ending_in_order(), open_for(active, common) as opened, new_file(where, 0o644) as stream:
         warnings = staleness(opened.layers)
         with common.reporter() as reporter:
             reporter.step("digesting", opened.size)
             made = make_seal(opened, reporter.advance)
-    write_seal(made, where)
+        write_all(stream, seal_text(made))
+    if made["unreadable"] is not None:
+        warnings.append(f"the files are sealed, what the guest sees is not: {made['unreadable']}")
     for text in warnings:
         note(text)
     if common.json:
         write_json({"output": absolute(where), **made})
     else:
-        count = len(made["layers"])
-        images = "1 image" if count == 1 else f"{count} images"
-        write(f"{images} sealed in {printable(where)}\n")
+        images = count_text(len(made["layers"]), "image")
+        write("\n".join([f"{images} sealed in {printable(where)}", *missing_lines(opened), ""]))
 
 
 @command
@@ -54,7 +64,8 @@ def verify(
     seal: Annotated[Path, typer.Option("--seal", metavar="FILE", help="What 'seal' wrote.")],
 ) -> None:
     """Hold a chain against its seal (exit 0: intact, 1: changed)."""
-    from qchain.forensics.seal import check_seal, read_seal
+    from qchain.forensics.seal import read_seal
+    from qchain.forensics.sealcheck import check_seal
 
     from .opening import missing_field, open_for
 
@@ -68,17 +79,29 @@ def verify(
                 "intact": found.intact,
                 "point_same": found.point_same,
                 "sealed": found.sealed,
+                "layers": [asdict(layer) for layer in found.layers],
                 "changes": found.changes,
                 "notes": found.notes,
             }
             | missing_field(opened)
         )
     else:
-        state = "intact" if found.intact else "changed"
-        lines = [f"{state}, sealed {found.sealed}", *found.changes]
-        if not found.intact and found.point_same:
-            lines.append("the guest still sees the content that was sealed")
-        lines += [f"note: {text}" for text in found.notes]
-        write("".join(f"{printable(line)}\n" for line in lines))
+        _show(found, opened)
     if not found.intact:
         raise typer.Exit(ExitCode.NO)
+
+
+def _show(found: SealCheck, opened: Chain) -> None:
+    from .opening import missing_lines
+    from .tables import fold, write_table
+
+    state = "intact" if found.intact else "changed"
+    write(f"{state}, sealed {printable(found.sealed)}\n\n")
+    write_table(("image", "state"), [(layer.name, layer.state) for layer in found.layers])
+    lines = list(found.changes)
+    if not found.intact and found.point_same:
+        lines.append("the guest still sees the content that was sealed")
+    lines += [f"note: {text}" for text in found.notes]
+    lines += missing_lines(opened)
+    if lines:
+        write("\n" + "".join(fold("", printable(line), "  ") for line in lines))

@@ -29,7 +29,7 @@ def tree(
     from qchain.chain.tree import read_tree
     from qchain.forensics.staleness import tree_staleness
 
-    images = read_tree(directories)
+    images = read_tree(directories, common.gate())
     warnings = {
         image.path: found
         for image in images
@@ -58,6 +58,8 @@ def _as_json(image: TreeImage, warnings: dict[Path, str]) -> dict[str, Any]:
 
 def _picture(images: list[TreeImage], warnings: dict[Path, str]) -> str:
     """Bases at the left, each overlay indented below what it backs on."""
+    from .tables import fold
+
     if not images:
         return "no images\n"
     by_path = {image.path: image for image in images}
@@ -72,12 +74,12 @@ def _picture(images: list[TreeImage], warnings: dict[Path, str]) -> str:
             if image.path in drawn:
                 continue
             drawn.add(image.path)
-            lines.append(lead + _line(image))
+            lines.append(fold(lead, _line(image), below + ("|   " if image.overlays else "    ")))
             notes = [f"! {text}" for text in image.problems]
             notes += [f"? {warnings[image.path]}"] if image.path in warnings else []
             overlays = [by_path[path] for path in image.overlays if path in by_path]
             bar = "|   " if overlays else "    "
-            lines.extend(f"{below}{bar}{printable(text)}" for text in notes)
+            lines.extend(fold(below + bar, printable(text), below + bar + "  ") for text in notes)
             for position, overlay in enumerate(reversed(overlays)):
                 last = position == 0
                 more = below + ("    " if last else "|   ")
@@ -90,7 +92,7 @@ def _picture(images: list[TreeImage], warnings: dict[Path, str]) -> str:
     for image in images:
         if image.path not in drawn:
             draw(image)
-    return "\n".join(lines) + "\n"
+    return "".join(lines)
 
 
 def _line(image: TreeImage) -> str:

@@ -21,6 +21,7 @@ __all__ = [
     "Refused",
     "Unsupported",
     "UsageError",
+    "WriteFailed",
     "printable",
 ]
 
@@ -105,3 +106,12 @@ class FailedMidway(QchainError):
 
     exit_code = ExitCode.FAILED
     todo = "every kept point is intact; 'qchain recover' continues"
+
+
+class WriteFailed(QchainError):
+    """A result could not be written to its end, and is gone again (exit 5)."""
+
+    todo = "make room, and do it again"
+
+    def __init__(self, what: str | Path, error: OSError) -> None:
+        super().__init__(what, f"cannot be written: {(error.strerror or str(error)).lower()}")

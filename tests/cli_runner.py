@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qchain_cli.main import main
 
-__all__ = ["COMMAND", "Result", "command", "run"]
+__all__ = ["COMMAND", "Result", "command", "on_terminal", "run"]
 
 COMMAND = Path(sys.executable).with_name("qchain")
 
@@ -62,3 +68,34 @@ def command(*arguments: str | Path, cwd: Path | None = None, **environment: str)
         check=False,
     )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def on_terminal(*arguments: str | Path, columns: int = 80) -> Result:
+    """The installed command with a terminal of that width as stdout; colours are left out."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    pieces: list[bytes] = []
+
+    def collect() -> None:
+        with contextlib.suppress(OSError):  # what a terminal says when all have left it
+            while piece := os.read(ours, 65536):
+                pieces.append(piece)
+
+    reader = threading.Thread(target=collect)
+    reader.start()
+    try:
+        done = subprocess.run(
+            [COMMAND, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=theirs,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(theirs)
+        reader.join()
+        os.close(ours)
+    text = b"".join(pieces).decode().replace("\r\n", "\n")
+    return Result(done.returncode, re.sub(r"\x1b\[[0-9;]*m", "", text), done.stderr)

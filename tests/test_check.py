@@ -603,7 +603,6 @@ def test_command(poke: Callable[[str], Poked]) -> None:
     assert {"kind", "offset", "meaning"} <= set(found["problems"][0])
     code, out = run(image.path)
     assert code == 1 and str(host) in out and "refcount-too-low" in out
-    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_command_refuses_raw(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cli_runner import command, run
+from cli_runner import command, on_terminal, run
 
 from fixtures.build import build_chain
 from fixtures.oracle import qemu_img, qemu_info, qemu_map
@@ -68,7 +68,9 @@ def test_drawing_of_a_large_disk(tmp_path: Path) -> None:
 def test_text_is_narrow_plain_and_harmless(tmp_path: Path) -> None:
     name = "[bold]evil\x1b[31m\nname " + "x" * 100 + ".qcow2"
     path = build_chain(tmp_path, ["64k:A", "64k:-"], ["base.qcow2", name]).active
-    out = command("chain", path, FORCE_COLOR="1", COLUMNS="200").out
+    out = command("chain", path, FORCE_COLOR="1", COLUMNS="40").out
+    assert "\x1b" not in out and name.replace("\x1b", "\\x1b").replace("\n", "\\n") in out
+    out = on_terminal("chain", path).out
     assert max(map(len, out.splitlines())) <= 80
     assert "\x1b" not in out and "[bold]" in out
 

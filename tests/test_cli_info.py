@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from cli_runner import run
+from cli_runner import on_terminal, run
 
 from fixtures.build import build_chain
 from fixtures.oracle import qemu_img, qemu_info
@@ -149,6 +149,8 @@ def test_no_image_of_ours(tmp_path: Path, content: bytes, fmt: str) -> None:
 def test_table_is_narrow_and_harmless(tmp_path: Path) -> None:
     name = "[red]evil\x1b[31m\nname " + "x" * 150 + ".qcow2"
     path = build_chain(tmp_path, ["64k:A", "64k:-"], ["base.qcow2", name]).active
-    out = run("info", path).out
+    shown = name.replace("\x1b", "\\x1b").replace("\n", "\\n")
+    assert f"image         {path.parent}/{shown}\n" in run("info", path).out
+    out = on_terminal("info", path).out
     assert max(map(len, out.splitlines())) <= 80
-    assert "\x1b" not in out and "[red]evil\\x1b[31m\\nname" in out.replace("\n" + " " * 14, "")
+    assert "\x1b" not in out and shown in out.replace("\n" + " " * 14, "")

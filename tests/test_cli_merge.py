@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cli_runner import COMMAND, command, run
+from cli_runner import COMMAND, command, on_terminal, run
 from merging import Disk, build
 
 LAYERS = ["512k:A 512k:-", "64k:- 256k:B 704k:-", "[cluster=4k] 4k:C 1020k:-", "128k:D 896k:-"]
@@ -47,7 +47,7 @@ def test_plan_as_json(disk: Disk) -> None:
 
 
 def test_plan_for_a_person(disk: Disk) -> None:
-    result = run("plan", *DROP, disk.active)
+    result = on_terminal("plan", *DROP, disk.active)
     assert max(map(len, result.out.splitlines())) <= 80
     assert "l3.qcow2 -> l2.qcow2 -> l1.qcow2 -> base.qcow2" in result.out
     assert "l3.qcow2 -> base.qcow2" in result.out
@@ -77,7 +77,7 @@ def test_merge(disk: Disk) -> None:
 
 
 def test_merge_for_a_person(disk: Disk) -> None:
-    result = command("merge", "--yes", "--flatten", "--verify", "full", disk.active)
+    result = on_terminal("merge", "--yes", "--flatten", "--verify", "full", disk.active)
     assert result.code == 0 and result.err == ""
     assert "verified (full)" in result.out
     assert max(map(len, result.out.splitlines())) <= 80
@@ -135,14 +135,19 @@ def test_refusals(disk: Disk) -> None:
     untouched(disk)
 
 
-def test_several_refusals_are_several_lines(tmp_path: Path) -> None:
+def test_several_refusals_are_one_line(tmp_path: Path) -> None:
     disk = build(tmp_path / "d", LAYERS[:3])
     for path in disk.paths[1:]:
         subprocess.run(["qemu-img", "snapshot", "-c", "s", path], check=True)
-    result = run("merge", "--yes", "--flatten", disk.active)
-    assert result.code == 3
-    lines = result.err.splitlines()
-    assert len(lines) == 2 and all(line.startswith("qchain: ") for line in lines)
+    line = run("merge", "--yes", "--flatten", disk.active).fails(3)
+    assert line.endswith(" (1 more reason: see --json)")
+    listed = run("plan", "--json", "--flatten", disk.active)
+    assert len(listed.json["refusals"]) == 2 and listed.fails(3) == line
+    # For a person, all of them stand in the plan.
+    shown = run("plan", "--flatten", disk.active).out.splitlines()
+    assert [text for text in shown if text.startswith("refused: ")] == [
+        f"refused: {text}" for text in listed.json["refusals"]
+    ]
 
 
 @pytest.mark.parametrize(

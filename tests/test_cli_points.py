@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
 import threading
 from pathlib import Path
 
@@ -137,6 +138,86 @@ def test_a_missing_base_is_zeroes_and_that_is_said(tmp_path: Path) -> None:
     result = run("chain", "--missing", "zero", path)
     (row,) = [words for words in map(str.split, result.out.splitlines()) if "missing" in words]
     assert row[:3] == ["1", "base.qcow2", "missing"] and result.err == line
+
+
+def test_what_is_missing_is_said_in_every_output(tmp_path: Path) -> None:
+    """On stdout as well, for that is what is kept; in JSON a field, in a map one per extent."""
+    path, _, _ = moved(tmp_path)
+    base = tmp_path / "base.qcow2"
+    line = f"{base}: missing, taken for zeroes (--missing zero)"
+    seal = tmp_path / "seal"
+    zero = ("--missing", "zero")
+    assert line in run("seal", *zero, "-o", seal, path).out.splitlines()
+    for words in (
+        *(["map"], ["extract", "-o", tmp_path / "out"], ["compare", path], ["diff", path]),
+        *(["verify", "--seal", seal], ["report", "-o", tmp_path / "report.html"]),
+    ):
+        result = run(*words, *zero, path)
+        assert line in result.out.splitlines() and f"qchain: {line}\n" in result.err, words
+    # sha256sum reads such a line as a comment.
+    digest, comment = run("hash", *zero, path).out.splitlines()
+    assert comment == f"# {line}" and digest.endswith(f"  {path}")
+    sums = tmp_path / "sums"
+    assert run("extract", *zero, "-o", tmp_path / "raw", path).code == 0
+    sums.write_text(f"{digest.split()[0]}  {tmp_path / 'raw'}\n{comment}\n")
+    subprocess.run(["sha256sum", "--strict", "-c", sums], check=True, capture_output=True)
+
+    extents = run("map", "--json", *zero, path).json
+    lost = [(each["start"], each["length"]) for each in extents if each.get("missing")]
+    assert lost == [(0, 64 * K), (96 * K, 32 * K)] or lost == [(0, 64 * K)]
+    text = run("map", *zero, path).out.splitlines()
+    rows = [row.split() for row in text if len(row.split()) == 5]
+    assert [(int(r[0]), int(r[1])) for r in rows if r[3] == "missing"] == lost
+    for words in (["verify", "--seal", seal], ["report", "--no-digests", "-o", tmp_path / "r2"]):
+        assert run(*words, "--json", *zero, path).json["missing"] == str(base)
+    for extent in run("map", "--json", path.with_name("elsewhere") / "base.qcow2").json:
+        assert "missing" not in extent
+
+
+def test_missing_from_a_directory_of_another_machine(tmp_path: Path) -> None:
+    """Outside of what may be opened, and not there either: missing. If it is there: refused."""
+    path, elsewhere, _ = moved(tmp_path / "case")
+    gone = tmp_path / "images" / "base.qcow2"
+    qemu_img("rebase", "-u", "-f", "qcow2", "-b", gone, "-F", "qcow2", path)
+    alone = tmp_path / "case" / "alone.qcow2"
+    shutil.copy(path, alone)
+    qemu_img("rebase", "-u", "-f", "qcow2", "-b", "", alone)
+    assert "--allow" in run("hash", path).fails(4)
+    result = run("hash", "--json", "--missing", "zero", path)
+    assert result.code == 0 and result.json["missing"] == str(gone)
+    assert result.json["digest"] == hashlib.sha256(raw_of(alone)).hexdigest()
+    gone.parent.mkdir()
+    shutil.copy(elsewhere / "base.qcow2", gone)
+    assert "--allow" in run("hash", "--missing", "zero", path).fails(4)
+    gone.unlink()
+    gone.symlink_to("/etc/shadow.none")
+    assert "--allow" in run("hash", "--missing", "zero", path).fails(4)
+
+
+def test_evidence_under_other_names_of_directories(tmp_path: Path) -> None:
+    """Absolute names of another machine: the way on is named, and what was taken for what."""
+    chain = build_chain(tmp_path, ["64k:A 64k:B", "64k:- 32k:C 32k:-"])
+    path = chain.active
+    elsewhere = "/nowhere/images/base.qcow2"
+    qemu_img("rebase", "-u", "-f", "qcow2", "-b", elsewhere, "-F", "qcow2", path)
+    line = run("hash", path).fails(4)
+    assert f"--search {tmp_path}" in line and "--allow /nowhere/images" in line
+    found = run("chain", "--json", "--search", tmp_path, path).json
+    (text,) = found["relocated"]
+    assert elsewhere in text and str(chain.base) in text
+    assert text in run("chain", "--search", tmp_path, path).err
+    chain.base.rename(tmp_path / "other")
+    assert "--search" not in run("hash", path).fails(4)
+    (tmp_path / "other").rename(chain.base)
+
+    images = {each["path"]: each for each in run("tree", "--json", tmp_path).json["images"]}
+    assert "missing" in images[str(path)]["problems"][0]
+    found = run("tree", "--json", "--search", tmp_path, tmp_path).json["images"]
+    images = {each["path"]: each for each in found}
+    assert images[str(path)]["backing"] == str(chain.base) and not images[str(path)]["problems"]
+    assert images[str(chain.base)]["overlays"] == [str(path)]
+    qemu_img("rebase", "-u", "-f", "qcow2", "-b", chain.base.name, "-F", "qcow2", path)
+    assert run("chain", "--json", "--search", tmp_path, path).json["relocated"] == []
 
 
 def test_missing_is_for_backing_files_alone(tmp_path: Path) -> None:

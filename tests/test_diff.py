@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -246,3 +247,142 @@ def test_nothing_stays_in_the_temporary_directory(
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     assert run("diff", "--files", "-F", "raw", image, raw).code == 1
     assert list(scratch.iterdir()) == []
+
+
+def disk_of(directory: Path, label: str, parts: list[tuple[Path, str]]) -> tuple[Path, list[int]]:
+    """A raw disk with one partition for each file, of the type given; where they begin."""
+    disk = directory / "disk.raw"
+    starts, lines, at = [], [], M
+    for path, kind in parts:
+        size = -(-path.stat().st_size // M) * M
+        starts.append(at)
+        lines.append(f"start={at // 512}, size={size // 512}, type={kind}\n")
+        at += size
+    with disk.open("wb") as stream:
+        stream.truncate(at + M)
+    for (path, _), start in zip(parts, starts, strict=True):
+        words = [f"if={path}", f"of={disk}", "bs=1M", "conv=notrunc,sparse"]
+        run_tool(["dd", *words, f"seek={start // M}"])
+    program = shutil.which("sfdisk", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    assert program is not None
+    table = f"label: {label}\n{''.join(lines)}"
+    subprocess.run([program, "-q", disk], input=table, text=True, check=True, capture_output=True)
+    return disk, starts
+
+
+def sparse(path: Path, size: int) -> Path:
+    with path.open("wb") as stream:
+        stream.truncate(size)
+    return path
+
+
+def make(words: list[str], path: Path) -> None:
+    run_tool(["env", f"PATH={os.environ['PATH']}:/usr/sbin:/sbin", *words, path])
+
+
+def test_a_disk_of_real_filesystems(tmp_path: Path) -> None:
+    """Each made by its own maker: files are named in ext, for the others it is said why not."""
+    ext = make_ext(tmp_path, "ext4")
+    makers = {
+        "XFS": (["mkfs.xfs", "-q"], 300 * M),
+        "NTFS": (["mkfs.ntfs", "-q", "-F", "-s", "512", "-H", "1", "-S", "1", "-p", "0"], 4 * M),
+        "FAT": (["mkfs.vfat"], 4 * M),
+        "Btrfs": (["mkfs.btrfs", "-q"], 128 * M),
+        "swap": (["mkswap"], 2 * M),
+    }
+    parts = [(ext, "linux")]
+    for name, (words, size) in makers.items():
+        parts.append((sparse(tmp_path / name, size), "linux"))
+        make(words, parts[-1][0])
+    luks = tmp_path / "luks"
+    secret = ["--object", "secret,id=s,data=x", "-o", "key-secret=s,iter-time=10"]
+    qemu_img("create", "-q", "-f", "luks", *secret, luks, "1M")
+    # The first sectors of a physical volume, as the LVM manual has them.
+    volume = sparse(tmp_path / "volume", 2 * M)
+    volume.write_bytes(bytes(512) + b"LABELONE" + bytes(16) + b"LVM2 001" + bytes(2 * M - 544))
+    parts += [(luks, "linux"), (volume, "lvm")]
+    disk, starts = disk_of(tmp_path, "gpt", parts)
+
+    image = tmp_path / "a.qcow2"
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", disk, image)
+    tamper(disk, starts[0])
+    with disk.open("r+b") as stream:  # one byte in every other partition
+        for start in starts[1:]:
+            stream.seek(start + 200_000)
+            byte = stream.read(1)[0]
+            stream.seek(start + 200_000)
+            stream.write(bytes([byte ^ 1]))
+    result = run("diff", "--json", "--files", "-F", "raw", image, disk)
+    report = result.json["files"]
+    assert result.code == 1 and report["reason"] is None and not report["table_changed"]
+    assert changes_of(report) == EXPECTED
+    words = ("ext", *makers, "LUKS", "LVM")
+    assert [each["number"] for each in report["partitions"]] == list(range(1, len(words) + 1))
+    for part, word in zip(report["partitions"], words, strict=True):
+        assert part["changed"] and word in part["filesystem"], part
+        if word == "ext":
+            assert part["reason"] is None
+        else:
+            assert word in part["reason"] and "only ext2, ext3 and ext4" in part["reason"]
+    text = run("diff", "--files", "-F", "raw", image, disk).out
+    assert "partition 1 (ext, 16.0 MiB): changed" in text
+    assert "partition 2 (XFS, 300 MiB): files not named: it holds XFS" in text
+    assert "content   1:/secret  (and no time of change)" in text
+
+
+@pytest.mark.parametrize("label", ["gpt", "dos"])
+def test_a_partition_that_was_added(tmp_path: Path, label: str) -> None:
+    ext = make_ext(tmp_path, "ext3", ("-J", "size=1"))
+    (tmp_path / "one").mkdir()
+    first, starts = disk_of(tmp_path / "one", label, [(ext, "linux")])
+    both = [(ext, "linux"), (sparse(tmp_path / "empty", 2 * M), "linux")]
+    second, _ = disk_of(tmp_path, label, both)
+    tamper(second, starts[0])
+    result = run("diff", "--json", "--files", "-f", "raw", "-F", "raw", first, second)
+    report = result.json["files"]
+    assert report["table_changed"] and changes_of(report) == EXPECTED
+    assert [each["number"] for each in report["partitions"]] == [1, 2]
+    assert "exists only in B" in report["partitions"][1]["reason"]
+    text = run("diff", "--files", "-f", "raw", "-F", "raw", first, second).out
+    assert "the partition table is not the same" in text
+
+
+def test_logical_partitions(tmp_path: Path) -> None:
+    """The extended partition that holds them is none that could be named or not."""
+    fs = make_ext(tmp_path, "ext4")
+    disk = sparse(tmp_path / "disk.raw", 64 * M)
+    table = "label: dos\nstart=2048,size=8192\nstart=16384,type=5\nstart=20480,size=32768\n"
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    words = ["env", f"PATH={path}", "sfdisk", "-q", disk]
+    subprocess.run(words, input=table, text=True, check=True, capture_output=True)
+    run_tool(["dd", f"if={fs}", f"of={disk}", "bs=1M", "seek=10", "conv=notrunc"])
+    image = tmp_path / "a.qcow2"
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", disk, image)
+    tamper(disk, 10 * M)
+    report = run("diff", "--json", "--files", "-F", "raw", image, disk).json["files"]
+    assert report["reason"] is None and changes_of(report) == EXPECTED
+    assert {entry["partition"] for entry in report["changes"]} == {5}
+    assert [(each["number"], each["changed"]) for each in report["partitions"]] == [
+        (1, False),
+        (5, True),
+    ]
+
+
+def test_hostile_names_of_files(tmp_path: Path) -> None:
+    """Names in the guest's filesystem are data from outside too."""
+    raw = make_ext(tmp_path, "ext4")
+    image = tmp_path / "a.qcow2"
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", raw, image)
+    names = ("\x1b]0;owned\x07\x1b[2J", "line\nadded     forged", "\u202egnp.exe", "\udcff\udcfe")
+    tree = tmp_path / "tree"
+    for name in names:
+        (tree / name).write_text("hostile")
+    other = tmp_path / "other.raw"
+    run_tool(["mke2fs", "-q", "-F", "-t", "ext4", "-d", tree, other, "16M"])
+    result = run("diff", "--json", "--files", "-F", "raw", image, other)
+    added = {each["path"] for each in result.json["files"]["changes"] if each["change"] == "added"}
+    assert added == {f"/{name}" for name in names}
+    assert result.out.isascii()
+    text = run("diff", "--files", "-F", "raw", image, other).out
+    assert all(line.isprintable() for line in text.splitlines()) and "\\x1b[2J" in text
+    assert not any(line.startswith("added     forged") for line in text.splitlines())

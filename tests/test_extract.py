@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
 import tempfile
 from pathlib import Path
 
 import pytest
-from cli_runner import COMMAND, command, run
+from cli_runner import COMMAND, Result, command, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fixtures.build import build_chain
 from fixtures.generate import chains
 from fixtures.language import LayerSpec
-from fixtures.oracle import raw_of, run_tool
+from fixtures.oracle import qemu_img, raw_of, run_tool
 from fixtures.shadow import shadow_points
 
 K = 1 << 10
@@ -84,7 +88,7 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     before = built.base.read_bytes()
     run("extract", built.active, "-o", built.base).fails(3)
     assert built.base.read_bytes() == before
-    run("extract", built.active, "-o", tmp_path / "no" / "such").fails(4)
+    run("extract", built.active, "-o", tmp_path / "no" / "such").fails(2)
 
 
 def test_nothing_stays_when_it_fails(tmp_path: Path) -> None:
@@ -102,3 +106,76 @@ def test_nothing_stays_when_it_fails(tmp_path: Path) -> None:
 def test_json_needs_a_file(tmp_path: Path) -> None:
     built = build_chain(tmp_path, ["64k:A"])
     command("extract", built.active, "-o", "-", "--json").fails(2)
+
+
+LIMIT = 200_000
+
+
+def limited(*arguments: str | Path, limit: int = LIMIT, **environment: str) -> Result:
+    """The command where no file may grow beyond `limit` bytes, as on a disk that gets full."""
+    done = subprocess.run(
+        ["prlimit", f"--fsize={limit}", "--", COMMAND, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """Failed midway (5), whatever was to be written; no half of it stays, the source is whole."""
+    built = build_chain(tmp_path, ["1M:A 1M:B", "64k:C"])
+    with built.active.open("ab") as stream:
+        stream.write(b"something left behind " * 20_000)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    out = tmp_path / "out"
+    for words, limit in (
+        (("extract", built.active, "-o", out), LIMIT),
+        # No write comes near to this limit, but the file's size does.
+        (("extract", built.active, "-o", out, "--range", "1M:64k"), 65_535),
+        (("leaks", built.active, "--extract", tmp_path), LIMIT),
+        (("seal", built.active, "-o", out), 500),
+        (("report", built.active, "-o", out), 5000),
+    ):
+        line = limited(*words, limit=limit).fails(5)
+        assert "cannot be written: file too large; make room" in line
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before, words
+    result = limited("diff", "--files", "--json", *built.paths, TMPDIR=str(tmp_path))
+    assert "file too large" in json.loads(result.out)["files"]["reason"]
+    assert "TMPDIR" in result.fails(1)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_pipe_that_takes_no_more(tmp_path: Path) -> None:
+    built = build_chain(tmp_path, ["1M:A"])
+    for words in (["extract", built.active, "-o", "-"], ["info", built.active]):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                [COMMAND, *words], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            )
+        line = Result(done.returncode, "", done.stderr).fails(5)
+        assert "output: cannot be written: no space left on device" in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_nothing_stays_when_it_is_stopped(tmp_path: Path, number: signal.Signals) -> None:
+    """In the midst of it, as the progress says; then the file is gone."""
+    raw, image, out = tmp_path / "raw", tmp_path / "image.qcow2", tmp_path / "out"
+    with raw.open("wb") as stream:
+        for at in range(128):
+            stream.write(bytes([at + 1]) * M)
+    qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=4k", raw, image)
+    raw.unlink()
+    words = [COMMAND, "extract", "--progress", "json", image, "-o", out]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            event = json.loads(line)
+            if event["done"]:
+                break
+        assert event["done"] < event["total"] and out.exists()
+        process.send_signal(number)
+        rest = process.stderr.read().splitlines()
+    assert process.returncode == 130 and rest[-1] == "qchain: interrupted"
+    assert [path.name for path in tmp_path.iterdir()] == [image.name]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
 import json
 import math
 import os
+import random
 import struct
 import tempfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -173,18 +178,68 @@ def test_random_images_against_their_refcounts(specs: list[LayerSpec]) -> None:
         (TEXT * 3000, "text"),
         (os.urandom(200_000), "random or compressed"),
         (bytes(range(64)) * 3000, "data"),
+        (os.urandom(4097), "random or compressed"),
+        (b"\x80", "data"),
     ],
 )
 def test_looking(tmp_path: Path, data: bytes, summary: str) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"x" * 512 + data)
     with HostFile(path) as file:
-        look = look_at(file, 512, len(data), 4096)
+        look = look_at(file, 512, len(data))
     assert look.summary == summary and look.zero == (not any(data))
     counts = [data.count(value) for value in set(data)]
     exact = -sum(count / len(data) * math.log2(count / len(data)) for count in counts)
     assert look.entropy == pytest.approx(exact, abs=1e-9)
     assert look.nonzero == len(data) - data.count(0)
+
+
+def test_kinds_of_files_at_every_sector(tmp_path: Path) -> None:
+    """A guest's file begins where its filesystem has a block, not where a cluster begins."""
+    script = b"#!/bin/sh\necho harmless\n"
+    picture = b"\xff\xd8\xff\xe0\0\x10JFIF\0"
+    kinds = {
+        512: ("ZIP", _zip()),
+        5 * 512: ("JPEG", picture),
+        7 * 512: ("gzip", gzip.compress(b"x")),
+        9 * 512: ("Portable Network", PNG),
+        11 * 512: ("Windows program", b"MZ\x90\0".ljust(60, b"\0") + b"\x80\0\0\0"),
+        13 * 512: ("script", script),
+        20 * 512: ("ELF", b"\x7fELF\2\1\1"),
+        24 * 512: ("bzip2", bz2.compress(b"x")),
+    }
+    data = bytearray(b"\xff" * 512 + bytes(40 * 512))  # neither ones nor zeroes are a file
+    for at, (_, head) in kinds.items():
+        data[at : at + len(head)] = head
+    data[14 * 512 + 1 : 14 * 512 + 1 + len(PNG)] = PNG  # no file begins amid a sector
+    path = tmp_path / "file"
+    path.write_bytes(b"?" * 4096 + data + script)
+    with HostFile(path) as file:
+        found = dict(look_at(file, 4096, len(data) + len(script)).magic)
+    assert sorted(found) == [*(4096 + at for at in kinds), 4096 + len(data)]
+    for at, (word, _) in kinds.items():
+        assert word in found[4096 + at], found[4096 + at]
+
+
+def _zip() -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("name", "content")
+    return out.getvalue()
+
+
+def test_noise_is_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(random.Random(5).randbytes(64 << 20))
+    with HostFile(path) as file:
+        assert look_at(file, 0, 64 << 20).magic == ()
+
+
+def test_text_of_what_begins(tmp_path: Path) -> None:
+    path = image_of(tmp_path)
+    offset = leak(path, bytes(1024) + PNG)
+    lines = run("leaks", path).out.splitlines()
+    assert lines[-1].split() == f"{offset + 1024} Portable Network Graphics file".split()
 
 
 def test_looking_over_holes_and_the_end(tmp_path: Path) -> None:
@@ -194,7 +249,7 @@ def test_looking_over_holes_and_the_end(tmp_path: Path) -> None:
         stream.seek(1 << 39)
         stream.write(PNG + TEXT)
     with HostFile(path) as file:
-        look = look_at(file, 0, 1 << 41, CLUSTER)
+        look = look_at(file, 0, 1 << 41)
     assert look.nonzero == len(PNG + TEXT)
     assert look.magic == ((1 << 39, "Portable Network Graphics file"),)
     assert 0 <= look.entropy < 1e-6

@@ -20,6 +20,7 @@ import pytest
 from cli_runner import command, run
 
 from fixtures.build import build_chain
+from fixtures.evidence import build_evidence
 from fixtures.oracle import qemu_img, qemu_info, raw_of
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -58,7 +59,21 @@ class Page(HTMLParser):
 
 ELEMENTS = {
     *("html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "dl", "dt", "dd", "code"),
-    *("div", "table", "thead", "tbody", "tr", "th", "td", "svg", "g", "rect", "path", "text"),
+    *(
+        "div",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "svg",
+        "g",
+        "rect",
+        "path",
+        "text",
+        "tspan",
+    ),
 }
 ATTRIBUTES = {
     *("lang", "charset", "http-equiv", "content", "name", "class", "viewbox", "role"),
@@ -255,6 +270,37 @@ def test_problems_are_told(tmp_path: Path) -> None:
 
 def pread(path: Path, offset: int, length: int) -> bytes:
     return path.read_bytes()[offset : offset + length]
+
+
+def test_what_nothing_refers_to_is_told(tmp_path: Path) -> None:
+    evidence = build_evidence(tmp_path / "e")
+    output = tmp_path / "r.html"
+    text = "\n".join(Page(report_on(evidence.active, output, "--search", str(tmp_path / "e"))).text)
+    for word in ("leaked", "free", "slack", "Portable Network", "ZIP archive", "curl -sO http"):
+        assert word in text, word
+    assert "is recorded as /var/lib/libvirt/images/server.qcow2" in text
+    assert "note" in text and "warning" not in text.replace("Problems, warnings", "")
+    output.unlink()
+    more = ("--search", str(tmp_path / "e"), "--no-digests")
+    text = "\n".join(Page(report_on(evidence.active, output, *more)).text)
+    assert "not looked at" in text and "curl" not in text
+
+
+def test_a_missing_base_is_in_the_picture(tmp_path: Path) -> None:
+    built = build_chain(tmp_path, ["256k:A", "64k:B"])
+    built.base.unlink()
+    output = tmp_path / "r.html"
+    source = report_on(built.active, output, "--missing", "zero")
+    assert '<rect class="missing"' in source
+    text = "\n".join(Page(source).text)
+    assert "missing, taken for zeroes (--missing zero)" in text and "1 warning, see below" in text
+
+
+def test_a_data_file_has_its_digest(tmp_path: Path) -> None:
+    built = build_chain(tmp_path, ["[datafile] 64k:A 64k:-"])
+    data = built.active.with_name(built.active.name + ".data")
+    text = "\n".join(Page(report_on(built.active, tmp_path / "r.html")).text)
+    assert hashlib.sha256(data.read_bytes()).hexdigest() in text and data.name in text
 
 
 def test_without_digests(tmp_path: Path) -> None:

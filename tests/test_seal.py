@@ -9,7 +9,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cli_runner import run
+from cli_runner import Result, run
+from test_luks import SECRET, create, write
 
 from fixtures.build import Chain, build_chain
 from fixtures.oracle import qemu_img, qemu_io, raw_of
@@ -76,14 +77,83 @@ def test_one_bit_anywhere_is_noticed(built: Chain, depth: int) -> None:
     assert "though its time of change is the same" in " ".join(result.json["changes"])
 
 
+def states(result: Result) -> dict[str, str]:
+    assert result.err == ""
+    return {layer["name"]: layer["state"] for layer in result.json["layers"]}
+
+
 def test_another_layout_of_the_same_content(built: Chain) -> None:
+    """After a merge the files stand in other places; one that nobody touched is not accused."""
     seal = built.active.with_name("seal")
     run("seal", built.active, "-o", seal)
     qemu_img("rebase", "-f", "qcow2", "-F", "raw", "-b", "base.raw", built.active)
     result = run("verify", "--json", built.active, "--seal", seal)
     assert result.code == 1 and result.json["point_same"]
-    assert any("3 were sealed" in text for text in result.json["changes"])
-    assert "the guest still sees" in run("verify", built.active, "--seal", seal).out
+    assert states(result) == {
+        "l2.qcow2": "changed",
+        "base.raw": "unchanged",
+        "l1.qcow2": "vanished",
+    }
+    assert not any("base.raw" in text for text in result.json["changes"])
+    (text,) = [text for text in result.json["changes"] if "l1.qcow2" in text]
+    assert "no more (a file of that name is still there)" in text
+    built.paths[1].unlink()
+    text = run("verify", built.active, "--seal", seal).out
+    assert "the guest still sees" in text and "still there" not in text
+    assert [line.split() for line in text.splitlines()[2:6]] == [
+        ["image", "state"],
+        ["l2.qcow2", "changed"],
+        ["base.raw", "unchanged"],
+        ["l1.qcow2", "vanished"],
+    ]
+
+
+def test_an_image_under_the_name_of_another(built: Chain) -> None:
+    """A merge lets the result take the active name: the file is known by its content."""
+    seal = built.active.with_name("seal")
+    run("seal", built.active, "-o", seal)
+    built.paths[1].replace(built.active)
+    result = run("verify", "--json", built.active, "--seal", seal)
+    assert result.code == 1 and not result.json["point_same"]
+    layers = [(each["name"], each["state"], each["sealed_as"]) for each in result.json["layers"]]
+    assert layers == [
+        ("l2.qcow2", "unchanged", "l1.qcow2"),
+        ("base.raw", "unchanged", "base.raw"),
+        ("l2.qcow2", "vanished", "l2.qcow2"),
+    ]
+    assert "l2.qcow2: was sealed under the name l1.qcow2" in result.json["notes"]
+
+
+def test_an_overlay_more(built: Chain) -> None:
+    seal = built.active.with_name("seal")
+    run("seal", built.active, "-o", seal)
+    above = built.active.with_name("above.qcow2")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", built.active.name, "-F", "qcow2", above)
+    result = run("verify", "--json", above, "--seal", seal)
+    assert result.code == 1 and result.json["point_same"]
+    assert set(states(result).items()) == {
+        ("above.qcow2", "new"),
+        *((path.name, "unchanged") for path in built.paths),
+    }
+
+
+def test_sealed_with_a_missing_base(built: Chain) -> None:
+    seal = built.active.with_name("seal")
+    away = built.base.with_name("away")
+    built.base.rename(away)
+    assert run("seal", "--missing", "zero", built.active, "-o", seal).code == 0
+    assert json.loads(seal.read_text())["missing"] == str(built.base)
+    assert run("verify", "--missing", "zero", built.active, "--seal", seal).code == 0
+    away.rename(built.base)
+    result = run("verify", "--json", built.active, "--seal", seal)
+    assert result.code == 1 and states(result)["base.raw"] == "new"
+    assert any("was missing when" in text for text in result.json["notes"])
+    seal.unlink()
+    run("seal", built.active, "-o", seal)
+    built.base.unlink()
+    result = run("verify", "--json", "--missing", "zero", built.active, "--seal", seal)
+    assert result.code == 1 and result.json["missing"] == str(built.base)
+    assert any("missing, taken for zeroes" in text for text in result.json["changes"])
 
 
 def test_the_guest_sees_another_content(built: Chain) -> None:
@@ -119,13 +189,45 @@ def test_a_data_file_is_sealed(tmp_path: Path) -> None:
 
 NEARLY = '{"seal": 1, "sealed": "x", "point": {"sha256": "y"}, "layers": [{}]}'
 
+SEALED = '"name": "n", "size": 1, "mtime_ns": 1, "header_sha256": "h", "sha256": "s"'
+ODD = (  # values that cannot be
+    NEARLY.replace("{}", "{" + SEALED + ', "path": [1]}'),
+    NEARLY.replace("{}", "{" + SEALED + ', "data_file": 5}'),
+    NEARLY.replace("{}", "{" + SEALED + "}").replace("]}", '], "missing": []}'),
+    NEARLY.replace("[{}]", '{"a": {}}'),
+)
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"seal": 1}', "\xff", NEARLY])
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"seal": 1}', "\xff", NEARLY, *ODD])
 def test_no_seal(built: Chain, text: str) -> None:
     seal = built.active.with_name("seal")
     seal.write_bytes(text.encode("latin-1"))
     run("verify", built.active, "--seal", seal).fails(2)
     run("verify", built.active, "--seal", seal.with_name("none")).fails(4)
+
+
+def test_without_the_passphrase_the_files_are_sealed(tmp_path: Path) -> None:
+    path = create(tmp_path / "luks.qcow2")
+    write(path, [("A", 0, 65536)])
+    seal, known = tmp_path / "seal", tmp_path / "known"
+    result = run("seal", "--json", path, "-o", seal)
+    assert result.code == 0 and "passphrase" in result.err and result.err.count("\n") == 1
+    manifest = json.loads(seal.read_text())
+    assert manifest["point"]["sha256"] is None and "passphrase" in manifest["unreadable"]
+    assert manifest["layers"][0]["sha256"] == sha256(path.read_bytes())
+    secret = tmp_path / "secret"
+    secret.write_bytes(SECRET)
+    with_secret = ("--secret-file", secret)
+    assert run("seal", *with_secret, path, "-o", known).code == 0
+    for arguments in ((seal,), (known,), (seal, *with_secret), (known, *with_secret)):
+        result = run("verify", "--json", path, "--seal", *arguments)
+        assert result.code == 0 and result.json["intact"], result.out
+        both = arguments == (known, *with_secret)
+        assert result.json["point_same"] == both
+        assert bool(result.json["notes"]) != both
+    flip(path, path.stat().st_size - 100)
+    result = run("verify", "--json", path, "--seal", seal)
+    assert result.code == 1 and states(result) == {"luks.qcow2": "changed"}
 
 
 # Signs that a base was changed after its overlay was made
@@ -169,3 +271,29 @@ def test_a_base_that_grew(built: Chain) -> None:
     qemu_img("resize", "-q", "-f", "raw", built.base, "1M")
     found = signs(built)
     assert len(found) == 1 and "longer" in found[0]
+
+
+def test_a_seal_beside_the_images_is_a_witness(built: Chain) -> None:
+    """Times may lie; a seal that lies there tells of sizes, headers and times."""
+    assert run("seal", built.paths[1]).code == 0
+    assert signs(built) == []
+    content = built.base.read_bytes()
+    status = built.base.stat()
+    flip(built.base, 100)  # all times kept
+    (text,) = signs(built)
+    assert text.startswith("base.raw: has other first 64 KiB than was sealed (l1.qcow2.seal.json")
+    assert text in run("chain", "--json", built.active).json["warnings"]
+    assert text in run("chain", built.active).err
+    built.base.write_bytes(content + bytes(512))
+    os.utime(built.base, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert any("262656 bytes long, not 262144 as was sealed" in text for text in signs(built))
+    built.base.write_bytes(content)
+    set_mtime(built.base, status.st_mtime_ns)
+    assert signs(built) == []
+    set_mtime(built.base, status.st_mtime_ns + GRACE + 1)
+    assert any("later than the file that was sealed" in text for text in signs(built))
+    # Anybody can put a file there: what is none says nothing.
+    built.paths[1].with_name("l1.qcow2.seal.json").write_text("{}")
+    assert not any("sealed" in text for text in signs(built))
+    built.active.with_name("l2.qcow2.seal.json").mkdir()
+    assert not any("sealed" in text for text in signs(built))

@@ -14,7 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("bash", "cat", "cut", "dirname", "env", "grep", "sha256sum", "tr", "mkdir", "chmod")
 PROGRAMS = ("qemu-img", "qemu-io", "mke2fs", "debugfs", "e2fsck", "sfdisk")
-FOR_TESTS = ("mkfs.ext4", "getfacl", "setfacl", "strace", "mount", "losetup", "chromium")
+FOR_TESTS = (
+    *("mkfs.ext4", "getfacl", "setfacl", "strace", "mount", "losetup", "chromium"),
+    *("mkfs.xfs", "mkfs.ntfs", "mkfs.vfat", "mkswap", "mkfs.btrfs"),
+)
 
 
 class Machine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from qchain.chain.gate import Gate
 from qchain.chain.layer import Layer, Qcow2Layer, RawLayer
 from qchain.chain.names import resolve_backing, resolve_name
-from qchain.errors import ImageError, QchainError, Unsupported
+from qchain.errors import ImageError, NotAllowed, QchainError, Unsupported
 from qchain.hostfile import FileId, HostFile
 from qchain.qcow2.foreign import foreign_format, is_qcow2
 from qchain.qcow2.header import read_header
@@ -177,7 +178,11 @@ def _open_below(gate: Gate, where: Path, named: Path, overlay: Path) -> HostFile
     try:
         return gate.open_referenced(where, named)
     except ImageError as error:
-        if error.why == "no such file or directory":
+        # Evidence names directories of another machine, which the gate keeps shut.
+        elsewhere = (
+            gate.missing_zero and isinstance(error, NotAllowed) and not os.path.lexists(where)
+        )
+        if elsewhere or error.why == "no such file or directory":
             raise MissingFile(
                 where,
                 f"missing, but {overlay} backs on it",

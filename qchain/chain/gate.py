@@ -69,10 +69,13 @@ class Gate:
         Raises: `NotAllowed` when it leads outside of what may be opened.
         """
         if not self.permits(path, named):
+            todo = f"if it belongs to the chain, add --allow {path.parent} (or --follow)"
+            if stat.S_ISREG(_mode(named.parent / path.name)):
+                todo += f"; {named.parent / path.name} is taken for it with --search {named.parent}"
             raise NotAllowed(
                 path,
                 f"an image of the chain of {named} names it, outside of what may be opened",
-                f"if it belongs to the chain, add --allow {path.parent} (or --follow)",
+                todo,
             )
         return HostFile(path)
 

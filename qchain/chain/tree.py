@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qchain.chain.gate import Gate
 from qchain.chain.names import resolve_backing
 from qchain.chain.scan import WORK_PREFIX, identity
 from qchain.errors import ImageError
@@ -44,11 +45,14 @@ def _files(directories: Iterable[Path]) -> Iterator[Path]:
                     yield path
 
 
-def read_tree(directories: Iterable[Path]) -> list[TreeImage]:
+def read_tree(directories: Iterable[Path], gate: Gate | None = None) -> list[TreeImage]:
     """The images below `directories`: all qcow2 files, and whatever they back on.
 
     A raw image shows no mark of its own; it is listed when an overlay names it. Files
     behind backing names are identified, never opened.
+
+    Args:
+        gate: its `search` says where to look for backing files that are missing.
 
     Raises: `ImageError` when a directory is none. Problems of images are in the result.
     """
@@ -73,7 +77,8 @@ def read_tree(directories: Iterable[Path]) -> list[TreeImage]:
             except ImageError as error:
                 image.problems.append(error.why)
                 continue
-            image.backing, image.backing_format = below.path, below.format
+            where = below.path if gate is None else gate.locate(below.path, path)
+            image.backing, image.backing_format = where, below.format
             if below.format is None:
                 image.problems.append("the format of its backing file is not recorded")
     _connect(images)

@@ -11,6 +11,8 @@ from qchain.forensics.tools import ToolFailed, run_tool
 __all__ = ["Partition", "filesystem_of", "partitions_of"]
 
 _HEAD = 0x10100
+# Types of an MBR partition that only holds others, in sfdisk's writing.
+_EXTENDED = ("5", "f", "85")
 # (offset, magic, name), from the documentation of each format.
 _MAGICS = (
     (1080, b"\x53\xef", "ext"),
@@ -56,6 +58,8 @@ def partitions_of(raw: Path) -> list[Partition] | None:
         unit = int(table.get("sectorsize", 512))
         found = []
         for entry in table.get("partitions", []):
+            if table.get("label") == "dos" and entry.get("type") in _EXTENDED:
+                continue
             # The device node ends in the number; the file's own name is known.
             number = int(str(entry["node"]).removeprefix(raw.name).lstrip("p"))
             start, length = int(entry["start"]) * unit, int(entry["size"]) * unit

@@ -43,13 +43,17 @@ def _short(name: str, limit: int) -> str:
     return name if len(name) <= limit else f"{name[:half]}…{name[-half:]}"
 
 
-def chain_picture(layers: Sequence[LayerReport]) -> str:
-    """Boxes from the active layer down to the base; the bar shows owned and shadowed bytes."""
+def chain_picture(layers: Sequence[LayerReport], missing: str | None = None) -> str:
+    """Boxes from the active layer down to the base; the bar shows owned and shadowed bytes.
+
+    Args:
+        missing: a base that is missing gets an empty box.
+    """
     shown: list[int | None] = list(range(len(layers)))
     if len(layers) > _SHOWN:
         shown = [*range(_SHOWN - 2), None, len(layers) - 1]
     most = max((layer.allocated for layer in layers), default=0) or 1
-    height = len(shown) * _STEP
+    height = (len(shown) + (missing is not None)) * _STEP
     out = [
         (
             f'<svg class="picture" viewBox="0 0 {_WIDTH} {height}" role="img" '
@@ -59,14 +63,31 @@ def chain_picture(layers: Sequence[LayerReport]) -> str:
     for row, index in enumerate(shown):
         top = row * _STEP + 4
         if row:
-            out.append(f'<path class="arrow" d="M 40 {top - 16} V {top - 3}"/>')
-            out.append(f'<path class="head" d="M 35 {top - 9} L 40 {top - 2} L 45 {top - 9} Z"/>')
+            out.append(_arrow(top))
         if index is None:
             text = f"{len(layers) - len(shown) + 1} more images"
             out.append(f'<text class="small" x="60" y="{top + 28}">{text}</text>')
             continue
-        out.append(_box(layers[index], index, top, most, last=index == len(layers) - 1))
+        last = index == len(layers) - 1 and missing is None
+        out.append(_box(layers[index], index, top, most, last))
+    if missing is not None:
+        top = len(shown) * _STEP + 4
+        name = escape(_short(missing.rpartition("/")[2], 48))
+        out.append(
+            f"{_arrow(top)}<g><title>{escape(missing)}</title>"
+            f'<rect class="missing" x="4" y="{top}" width="{_WIDTH - 8}" height="{_BOX}" rx="6"/>'
+            f'<text class="name" x="60" y="{top + 20}">{name}</text>'
+            f'<text class="small" x="60" y="{top + 37}">missing, taken for zeroes</text></g>'
+        )
     return "".join([*out, "</svg>"])
+
+
+def _arrow(top: int) -> str:
+    """Down to a box that begins at `top`."""
+    return (
+        f'<path class="arrow" d="M 40 {top - 16} V {top - 3}"/>'
+        f'<path class="head" d="M 35 {top - 9} L 40 {top - 2} L 45 {top - 9} Z"/>'
+    )
 
 
 def _box(layer: LayerReport, index: int, top: int, most: int, last: bool) -> str:
@@ -93,23 +114,31 @@ def ownership_map(report: Report) -> str:
     """One row per layer, the disk from left to right; the darker, the more of it is owned."""
     regions = report.shares.shape[1]
     rows = [index for index, owned in enumerate(report.shares) if index == 0 or owned.any()]
-    left, cell = 40.0, (_WIDTH - 48) / regions
+    left = 190.0
+    cell = (_WIDTH - 8 - left) / regions
     dropped = len(rows) - _ROWS
     rows = rows[:_ROWS]
-    height = 24 + 22 * len(rows) + 8
+    height = 28 + 22 * len(rows) + 4
     per_region = max(report.virtual_size / regions, 1.0)
     out = [
         (
             f'<svg class="picture" viewBox="0 0 {_WIDTH} {height}" role="img" '
             f'aria-label="Which layer owns which part of the disk">'
-            f'<text class="small" x="{left:.0f}" y="14">0</text>'
-            f'<text class="small end" x="{_WIDTH - 8}" y="14">{human(report.virtual_size)}</text>'
         )
     ]
+    for quarter in range(5):
+        place = left + quarter * cell * regions / 4
+        end = " end" if quarter == 4 else ""
+        size = human(report.virtual_size * quarter / 4) if quarter else "0"
+        out.append(f'<path class="tick" d="M {place:.1f} 18 V {height}"/>')
+        out.append(f'<text class="small{end}" x="{place:.1f}" y="13">{size}</text>')
     for row, index in enumerate(rows):
         top = 24 + 22 * row
         name = report.layers[index].name
-        out.append(f'<text class="small end" x="{left - 8:.0f}" y="{top + 14}">{index}</text>')
+        out.append(
+            f'<text class="small" x="4" y="{top + 14}"><tspan class="number">{index}</tspan> '
+            f"{escape(_short(name, 24))}</text>"
+        )
         out.append(
             f'<rect class="track" x="{left:.0f}" y="{top}" width="{cell * regions:.1f}" '
             f'height="18"/>'
@@ -130,6 +159,10 @@ def ownership_map(report: Report) -> str:
     out.append("</svg>")
     if dropped > 0:
         out.append(f"<p>{dropped} more layers own parts of the disk; they are not drawn.</p>")
+    idle = len(report.layers) - len(rows) - max(dropped, 0)
+    if idle:
+        what = "1 layer owns" if idle == 1 else f"{idle} layers own"
+        out.append(f'<p class="key">{what} nothing: the guest sees nothing of it.</p>')
     return "".join(out)
 
 

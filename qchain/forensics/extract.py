@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from qchain.chain.layer import Layer
 from qchain.chain.reader import pieces
-from qchain.errors import ImageError, Refused, UsageError
+from qchain.errors import UsageError
+from qchain.forensics.newfile import new_file
 
 __all__ = ["extract_to_file", "extract_to_stream"]
 
@@ -56,31 +57,15 @@ def extract_to_file(
 
     Nothing stays behind when it fails.
 
-    Raises: `Refused` when `output` exists; `UsageError` for a range outside the disk;
-        `ImageError` when the content cannot be read or the file not be written.
+    Raises: `UsageError` for a range outside the disk; `ImageError` when the content cannot
+        be read; as `newfile.new_file`.
     """
     end = _span(layers, start, length)
-    try:
-        fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
-        raise Refused(output, "exists already", "name another file, or remove it") from None
-    except OSError as error:
-        raise ImageError(output, (error.strerror or str(error)).lower(), "") from None
-    try:
-        try:
-            os.ftruncate(fd, end - start)
-            for piece in pieces(layers, start, end, progress):
-                if piece.data is not None:
-                    _write_sparse(fd, piece.data, piece.start - start)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        output.unlink(missing_ok=True)
-        raise ImageError(output, (error.strerror or str(error)).lower(), "make room") from None
-    except BaseException:
-        output.unlink(missing_ok=True)
-        raise
+    with new_file(output) as stream:
+        stream.truncate(end - start)
+        for piece in pieces(layers, start, end, progress):
+            if piece.data is not None:
+                _write_sparse(stream.fileno(), piece.data, piece.start - start)
     return end - start
 
 

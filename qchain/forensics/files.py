@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from qchain.chain.layer import Layer
 from qchain.chain.ownership import ownership
+from qchain.errors import WriteFailed
 from qchain.forensics.contents import Partition, filesystem_of, partitions_of
 from qchain.forensics.ext import ExtTree, Inode, dump_inodes, read_tree
 from qchain.forensics.extract import extract_to_file
@@ -109,12 +110,17 @@ def changed_files(
             )
             return report
         raws = (work / "a", work / "b")
-        for layers, raw in zip((a, b), raws, strict=True):
-            extract_to_file(layers, raw)
         try:
+            for layers, raw in zip((a, b), raws, strict=True):
+                extract_to_file(layers, raw)
             _compare_disks(raws, _Ranges(ranges, complete), report)
         except ToolFailed as error:
             report.reason = str(error)
+        except WriteFailed as error:
+            report.reason = f"temporary files {error.why} (TMPDIR names another place)"
+        except OSError as error:
+            why = (error.strerror or str(error)).lower()
+            report.reason = f"temporary files cannot be used: {why} (TMPDIR names another place)"
     return report
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,15 +16,31 @@ import numpy.typing as npt
 from qchain.forensics.newfile import new_file, write_all
 from qchain.hostfile import HostFile
 
-__all__ = ["Look", "knows_magic", "look_at", "save_range"]
+__all__ = ["MAX_MAGIC", "Look", "knows_magic", "look_at", "save_range"]
 
 _PIECE = 4 << 20
+_SECTOR = 512
 _HEAD = 4096
-MAX_HEADS = 4096
-"""Clusters of one range in which the beginning of a file is looked for."""
+MAX_MAGIC = 1000
+"""Beginnings of files that are named in one range."""
 _MIN_MAGIC = 4
 _MIN_CONFIDENCE = 0.4
 _WORDS = re.compile(rb"[ -~]{8,80}")
+
+# Before the library is asked: what it names by one of many programs that use the format, or
+# by fewer bytes than it takes not to find it everywhere.
+_FIRST = tuple(
+    (re.compile(pattern, re.DOTALL), name)
+    for pattern, name in (
+        (rb"PK\x03\x04", "ZIP archive (perhaps an office document or a Java program)"),
+        (rb"\xff\xd8\xff[\xc0-\xfe]", "JPEG picture"),
+        (rb"\x1f\x8b\x08[\x00-\x1f]", "gzip data"),
+        (rb"BZh[1-9]1AY&SY", "bzip2 data"),
+        (rb"MZ.{58}..[\x00-\x0f]\x00", "DOS or Windows program"),
+        (rb"#! ?/[!-~]", "script"),
+    )
+)
+_FIRST_PREFIXES = (b"PK", b"\xff\xd8", b"\x1f\x8b", b"BZ", b"MZ", b"#!")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,31 +69,29 @@ class Look:
         return "random or compressed" if self.entropy > 7.9 else "data"
 
 
-def look_at(file: HostFile, start: int, length: int, cluster_size: int) -> Look:
+def look_at(file: HostFile, start: int, length: int) -> Look:
     """Look at host bytes [start, start + length); what the file does not hold is left out.
 
-    File magic is looked for at every `cluster_size` bytes, for there a guest's file may begin;
-    without the extra `forensics` it is not looked for (`knows_magic`).
+    File magic is looked for at every sector of 512 bytes, for there a guest's file may begin;
+    most kinds only with the extra `forensics` (`knows_magic`).
 
     Raises: `DataError` when it cannot be read.
     """
     counts: npt.NDArray[np.int64] = np.zeros(256, np.int64)
     magic: list[tuple[int, str]] = []
     sample = ""
-    heads = 0
-    for offset, data in _data(file, start, length, cluster_size):
-        found = np.bincount(np.frombuffer(data, np.uint8), minlength=256)
-        counts += found
-        if found[0] == len(data):
+    for offset, data in _data(file, start, length, _SECTOR):
+        if not np.frombuffer(data, np.uint8).any():
+            counts[0] += len(data)
             continue
+        counts += _histogram(data)
         sample = sample or _words(data)
-        for low in range(0, len(data), cluster_size):
-            head = data[low : low + _HEAD]
-            if heads < MAX_HEADS and any(head[:512]):
-                heads += 1
-                name = _magic_of(head)
-                if name is not None:
-                    magic.append((offset + low, name))
+        for low in _heads(data):
+            if len(magic) >= MAX_MAGIC:
+                break
+            name = _magic_of(data[low : low + _HEAD])
+            if name is not None:
+                magic.append((offset + low, name))
     counts[0] += max(min(length, file.size - start) - int(counts.sum()), 0)  # the holes
     total = int(counts.sum())
     nonzero = total - int(counts[0])
@@ -84,6 +99,41 @@ def look_at(file: HostFile, start: int, length: int, cluster_size: int) -> Look:
     entropy = float(-(shares * np.log2(shares)).sum()) if total else 0.0
     printable = int(counts[32:127].sum() + counts[9:11].sum() + counts[13])
     return Look(nonzero, abs(entropy), printable / max(nonzero, 1), tuple(magic), sample)
+
+
+def _histogram(data: bytes) -> npt.NDArray[np.int64]:
+    """How often each byte occurs. Counted in pairs, which is more than twice as fast."""
+    pairs = np.frombuffer(data, np.uint16, len(data) // 2)
+    table = np.bincount(pairs, minlength=1 << 16).reshape(256, 256)
+    counts: npt.NDArray[np.int64] = table.sum(axis=0) + table.sum(axis=1)
+    if len(data) % 2:
+        counts[data[-1]] += 1
+    return counts
+
+
+def _heads(data: bytes) -> list[int]:
+    """Where in `data` a sector begins as some known kind of file does, by its first bytes."""
+    sectors = np.frombuffer(data, np.uint8, len(data) // _SECTOR * _SECTOR)
+    first = np.ascontiguousarray(sectors.reshape(-1, _SECTOR)[:, :4])
+    long, short = _prefixes()
+    hits = np.isin(first.view(np.uint32)[:, 0], long)
+    hits |= np.isin(first.view(np.uint16)[:, 0], short)
+    found: list[int] = (np.flatnonzero(hits) * _SECTOR).tolist()
+    tail = len(sectors)
+    return [*found, tail] if tail < len(data) else found
+
+
+@functools.cache
+def _prefixes() -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint16]]:
+    """The first four bytes of what the library knows, the first two of what `_FIRST` does."""
+    known: set[bytes] = set()
+    if knows_magic():
+        from puremagic.main import magic_header_array
+
+        known = {bytes(each.byte_match)[:4] for each in magic_header_array if each.offset == 0}
+    # Four equal bytes, zeroes or ones, are no mark of anything.
+    long = b"".join(sorted(each for each in known if len(each) == 4 and len(set(each)) > 1))
+    return np.frombuffer(long, np.uint32), np.frombuffer(b"".join(_FIRST_PREFIXES), np.uint16)
 
 
 def knows_magic() -> bool:
@@ -105,6 +155,9 @@ def _data(file: HostFile, start: int, length: int, unit: int) -> Iterator[tuple[
 
 def _magic_of(head: bytes) -> str | None:
     """What kind of file begins like this; None if nothing is sure enough."""
+    for pattern, name in _FIRST:
+        if pattern.match(head):
+            return name
     found: list[Any]
     try:
         import puremagic
@@ -117,7 +170,7 @@ def _magic_of(head: bytes) -> str | None:
         return None
     for match in found:
         magic = bytes(match.byte_match or b"")
-        sure = len(magic.strip(b"\0")) >= _MIN_MAGIC and match.confidence >= _MIN_CONFIDENCE
+        sure = len(magic.strip(b"\0\xff")) >= _MIN_MAGIC and match.confidence >= _MIN_CONFIDENCE
         if sure and match.offset == 0:
             return str(match.name)
     return None
