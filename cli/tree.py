@@ -26,8 +26,10 @@ def tree(
     common: Common,
 ) -> None:
     """Show all images of some directories as a tree: overlays below what they back on."""
-    from qchain.chain.tree import read_tree
+    from qchain.chain.tree import read_tree, unfinished_below
     from qchain.forensics.staleness import tree_staleness
+
+    from .opening import tell_unfinished, unfinished_field
 
     images = read_tree(directories)
     warnings = {
@@ -36,10 +38,13 @@ def tree(
         if image.backing is not None
         and (found := tree_staleness(image.path, image.backing)) is not None
     }
+    journals = unfinished_below(directories)
     if common.json:
-        write_json({"images": [_as_json(image, warnings) for image in images]})
+        listed = [_as_json(image, warnings) for image in images]
+        write_json({"images": listed} | unfinished_field(journals))
     else:
         write(_picture(images, warnings))
+        tell_unfinished(journals)
 
 
 def _as_json(image: TreeImage, warnings: dict[Path, str]) -> dict[str, Any]:
