@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("bash", "cat", "cut", "dirname", "env", "grep", "sha256sum", "tr", "mkdir", "chmod")
 PROGRAMS = ("qemu-img", "qemu-io", "mke2fs", "debugfs", "e2fsck", "sfdisk")
-FOR_TESTS = ("mkfs.ext4", "getfacl", "setfacl", "strace", "mount", "losetup", "chromium")
+FOR_TESTS = ("mkfs.ext4", "e2image", "getfacl", "setfacl", "strace", "mount", "losetup", "chromium")
 
 
 class Machine:
@@ -67,7 +67,7 @@ chmod +x .venv/bin/python""",
 
 APT = "apt-get install -y -qq --no-install-recommends -o Dpkg::Use-Pty=0"
 INSTALL = [
-    "pip -m pip install --quiet --disable-pip-version-check -e .[dev]",
+    "pip -m pip install --quiet --disable-pip-version-check -e .[bench,dev]",
     "pip -m compileall -q qchain cli",
 ]
 
