@@ -63,6 +63,12 @@ def test_the_picture(tmp_path: Path) -> None:
     ]
 
 
+def test_a_link_does_not_hide_the_file(tmp_path: Path) -> None:
+    built = build_chain(tmp_path, ["64k:A", "64k:B"])
+    (tmp_path / "a-link").symlink_to(built.active.name)
+    assert set(images_of(tmp_path)) == {path.name for path in built.paths}
+
+
 def test_missing_looping_and_unrecorded(tmp_path: Path) -> None:
     built = build_chain(tmp_path, ["64k:A", "64k:B", "64k:C"])
     built.base.unlink()

@@ -70,7 +70,8 @@ def read_tree(directories: Iterable[Path]) -> list[TreeImage]:
     Raises: `ImageError` when a directory is none. Problems of images are in the result.
     """
     images: dict[FileId, TreeImage] = {}
-    for path in _files(directories):
+    # A file is listed under its own name before that of a link.
+    for path in sorted(_files(directories), key=lambda each: each.is_symlink()):
         try:
             with HostFile(path) as file:
                 if file.id in images or not is_qcow2(file.pread(0, PROBE_BYTES)):
