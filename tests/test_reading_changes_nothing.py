@@ -270,6 +270,23 @@ def test_an_image_in_use_is_refused(who: str, used: Evidence) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def test_a_tree_names_what_is_in_use(used: Evidence) -> None:
+    """It reads headers only, and the rest of the directory is no less readable."""
+    image = used.images["MID"]
+
+    def warnings(*options: str) -> dict[str, list[str]]:
+        listed = run("tree", "--json", *options, used.directory).json["images"]
+        return {each["path"]: each["warnings"] for each in listed if each["warnings"]}
+
+    quiet = warnings("-U")
+    with opened_by_qemu("-f", "qcow2", image) as pid:
+        said = f"in use by qemu-io (pid {pid}): this may change at any moment"
+        assert said in warnings()[str(image)]
+        assert f"? {said}" in run("tree", used.directory).out
+        assert not any(said in each for each in warnings("-U").values())
+    assert all("in use" not in text for each in quiet.values() for text in each)
+
+
 def concerns(who: str, line: str) -> bool:
     """Whether a chain that the command opens holds the image."""
     below = {"TOP": ("TOP", "MID", "BASE"), "MID": ("MID", "BASE"), "DATA": ()}

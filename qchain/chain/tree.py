@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,7 @@ class TreeImage:
     backing_format: str | None = None
     overlays: list[Path] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def _files(directories: Iterable[Path]) -> Iterator[Path]:
@@ -61,11 +62,16 @@ def unfinished_below(directories: Iterable[Path]) -> list[Path]:
     return unfinished(where for directory in directories for where, _ in _walk(directory))
 
 
-def read_tree(directories: Iterable[Path]) -> list[TreeImage]:
+def read_tree(
+    directories: Iterable[Path], look: Callable[[HostFile], str | None] | None = None
+) -> list[TreeImage]:
     """The images below `directories`: all qcow2 files, and whatever they back on.
 
     A raw image shows no mark of its own; it is listed when an overlay names it. Files
     behind backing names are identified, never opened.
+
+    Args:
+        look: called with each image that is opened; may return a warning about it.
 
     Raises: `ImageError` when a directory is none. Problems of images are in the result.
     """
@@ -78,6 +84,8 @@ def read_tree(directories: Iterable[Path]) -> list[TreeImage]:
                     continue
                 image = TreeImage(path, "qcow2", disk_size=file.disk_size)
                 images[file.id] = image
+                warning = None if look is None else look(file)
+                image.warnings += [] if warning is None else [warning]
                 header = read_header(file)
         except ImageError as error:
             if path in {found.path for found in images.values()}:
