@@ -210,3 +210,23 @@ def test_a_header_that_ends_before_the_compression_type(tmp_path: Path) -> None:
     assert [each["type"] for each in found["extensions"]] == ["0x01020304"]
     digest = run("hash", "--json", path).json["digest"]
     assert digest == hashlib.sha256(raw_of(path)).hexdigest()
+
+
+def test_unknown_features_that_do_not_forbid_reading(tmp_path: Path) -> None:
+    path = build_chain(tmp_path, ["64k:A 64k:-"]).active
+    before = raw_of(path)
+    raw = bytearray(path.read_bytes())
+    raw[80:96] = struct.pack(">QQ", 1 << 40 | 1, 1 << 33)
+    # The image names one of them.
+    at = raw.index(struct.pack(">I", 0x6803F857)) + 8
+    raw[at : at + 48] = b"\1\x28" + b"from the future".ljust(46, b"\0")
+    path.write_bytes(raw)
+    assert raw_of(path) == before
+    found = run("info", "--json", path).json
+    assert found["features"] == {
+        "incompatible": [],
+        "compatible": ["lazy refcounts", "from the future"],
+        "autoclear": ["bit 33"],
+    }
+    assert (found["readable"], found["problems"]) == (True, [])
+    assert run("hash", "--json", path).json["digest"] == hashlib.sha256(before).hexdigest()
