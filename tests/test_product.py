@@ -7,6 +7,7 @@ default. `QCHAIN_PRODUCT=all` in the environment (`make product`) makes all of t
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,21 @@ from typing import Any
 import pytest
 from cli_runner import run
 from test_cli_map import as_qemu, mapped
+from test_luks import create, opts, ours, qio, secret_object
+from test_luks import judged as decrypted
 
 from fixtures.oracle import QemuError, qemu_check, qemu_img, qemu_info, qemu_map, raw_of
-from fixtures.product import OPTIONS, Combination, build, covering, every, possible
+from fixtures.product import (
+    OPTIONS,
+    Combination,
+    build,
+    covering,
+    every,
+    options,
+    possible,
+    size_of,
+    writes,
+)
 
 PARTS = 8
 CHOSEN = list(every()) if os.environ.get("QCHAIN_PRODUCT") == "all" else covering(3)
@@ -74,6 +87,35 @@ def differences(image: Path, one: Combination) -> dict[str, Any]:
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
+ENCRYPTED = [one | {"backing": "none"} for one in covering(1)]
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_with_encryption(part: int, tmp_path: Path) -> None:
+    """Each value of each option with LUKS (qemu-img takes two seconds to make a key)."""
+    for number, one in enumerate(ENCRYPTED[part::4]):
+        image = tmp_path / str(number) / "image.qcow2"
+        image.parent.mkdir()
+        assert possible(one)
+        create(image, "," + options(image.parent, one), str(size_of(one)))
+        qio(image, *writes(one))
+        expected = decrypted(image)
+        assert any(expected) and ours(image) == expected, one
+        secret = (*secret_object(image.parent), "--image-opts", opts(image))
+        judge = json.loads(qemu_img("map", "--output=json", *secret).stdout)
+        assert without_offset(mapped(image)) == without_offset(as_qemu(judge)), one
+        report = json.loads(qemu_img("check", "--output=json", *secret, ok=(0, 2, 3)).stdout)
+        assert checked(image) == {name: report.get(name, 0) for name in ("corruptions", "leaks")}
+        found = run("info", "--json", image).json
+        assert (found["encryption"], found["readable"], found["problems"]) == ("luks", True, [])
+        assert found["luks"]["key_slots"][0]["slot"] == 0
+
+
+def without_offset(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """qemu gives no place where data is encrypted; neighbours are joined anew."""
+    return as_qemu([{k: v for k, v in each.items() if k != "offset"} for each in found])
+
+
 def checked(image: Path) -> dict[str, int]:
     report = run("check", "--json", image).json
     assert report["suspicions"] == 0
@@ -83,6 +125,8 @@ def checked(image: Path) -> dict[str, int]:
 def test_every_value_is_there() -> None:
     for name, values in OPTIONS.items():
         assert {one[name] for one in CHOSEN} == set(values)
+        if name != "backing":
+            assert {one[name] for one in ENCRYPTED} == set(values)
     assert len(CHOSEN) > 300
 
 
