@@ -52,7 +52,7 @@ SHAPES: dict[str, tuple[list[str], str, str]] = {
     "extended L2": (["[ext size=256k] 2k:A 4k:- 2k:0 56k:- 64k:B"], HANGS, UNKNOWN_BIT),
     "extended L2 over data": (["256k:Z", "[ext] 2k:A 62k:- 64k:B 64k:-"], NO_LENGTH, UNKNOWN_BIT),
     "chain": (["256k:Z", "64k:A 64k:- 64k:B", "64k:- 64k:C"], SAME, SAME),
-    # They take what follows the 72 bytes of a header of version 2 for its name's place.
+    # What follows the 72 bytes of a header of version 2 they take for feature bits.
     "chain of version 2": (["[v2] 256k:Z", "[v2] 64k:A 64k:- 64k:B"], NO_NAME, SAME),
     "raw base": (["[raw] 256k:Z", "64k:A 64k:- 64k:B"], SAME, NO_QCOW),
     # Both stop at the end of the base.
