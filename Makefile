@@ -1,9 +1,11 @@
 # Everything from a fresh clone: each target first installs what is missing (scripts/setup).
-.PHONY: help setup demo test bench clean
+.PHONY: help setup demo test damaged product bench clean
 
 help:
 	@echo "make demo    build a real chain, merge it, prove that nothing changed"
 	@echo "make test    linters, types and all tests"
+	@echo "make damaged check against qemu-img check on COUNT=10000 damaged images, seeds from SEED=0"
+	@echo "make product read images of qemu-img in all 9641 combinations of its options"
 	@echo "make bench   qchain and qemu-img side by side (BENCH=--quick: small images)"
 	@echo "make setup   only install what demo and bench need; the command is .venv/bin/qchain"
 	@echo "make clean   remove .venv and all caches"
@@ -16,6 +18,17 @@ demo: setup
 
 test:
 	@bash scripts/test
+
+COUNT ?= 10000
+SEED ?= 0
+damaged:
+	@bash scripts/setup tests
+	@QCHAIN_DAMAGED=$(COUNT) QCHAIN_SEED=$(SEED) .venv/bin/python -m pytest -n auto \
+		tests/test_check.py -k damaged_images
+
+product:
+	@bash scripts/setup tests
+	@QCHAIN_PRODUCT=all .venv/bin/python -m pytest -n auto tests/test_product.py
 
 bench: setup
 	@.venv/bin/python -m benchmarks $(BENCH)

@@ -25,22 +25,25 @@ def chain(
 ) -> None:
     """Show a chain: its layers, what they hold, and who owns which region of the disk."""
     from qchain.chain.ownership import ownership
+    from qchain.chain.scan import unfinished_of
     from qchain.forensics.staleness import relocated, staleness
 
-    from .opening import missing_field, open_for
+    from .opening import missing_field, open_for, tell_unfinished, unfinished_field
 
     with open_for(image, common) as opened:
         with common.reporter() as reporter:
             reporter.step("reading maps", opened.size)
             owned = ownership(opened.layers, reporter.advance)
         warnings = staleness(opened.layers)
+        journals = unfinished_of(layer.path for layer in opened.layers)
         if common.json:
             layers = [_as_json(*pair) for pair in zip(opened.layers, owned, strict=True)]
             fields = {"virtual_size": opened.size, "layers": layers, "warnings": warnings}
             fields["relocated"] = relocated(opened.layers)
-            write_json(fields | missing_field(opened))
+            write_json(fields | missing_field(opened) | unfinished_field(journals))
         else:
             _show(opened, owned)
+            tell_unfinished(journals)
             for text in (*relocated(opened.layers), *warnings):
                 note(text)
 

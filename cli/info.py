@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["info"]
 
 
+_SHOWN = 1024
+"""Bytes of a header extension that are shown; an image may fill its first cluster with one."""
+
+
 @dataclass
 class _Description:
     """What was found so far; `error` is the first thing that stopped the reading."""
@@ -53,16 +57,22 @@ def info(
     ] = None,
 ) -> None:
     """Describe one image: format, sizes, features, snapshots, bitmaps, clusters."""
+    from qchain.chain.scan import unfinished_of
+
+    from .opening import tell_unfinished, unfinished_field
+
     found = _Description(_nothing(image))
     try:
         _describe(image, common, bitmap, found)
     except ImageError as error:
         found.readable = False
         found.failed(error)
+    journals = unfinished_of([image])
     if common.json:
-        write_json(found.as_json())
+        write_json(found.as_json() | unfinished_field(journals))
     else:
         write(_text(image, found.as_json()))
+        tell_unfinished(journals)
     if found.error is not None:
         # The reader of this line is already looking at what 'info' can tell.
         todo = "" if found.error.todo == ImageError.todo else found.error.todo
@@ -87,6 +97,7 @@ def _nothing(image: Path) -> dict[str, Any]:
         "compression": None,
         "extended_l2": False,
         "refcount_bits": None,
+        "extensions": [],
         "snapshots": [],
         "bitmaps": [],
         "clusters": None,
@@ -193,6 +204,8 @@ def _count(
 
 
 def _header_fields(header: Header) -> dict[str, Any]:
+    from qchain.qcow2.extensions import EXTENSION_NAMES
+
     backing = None
     if header.backing_name is not None:
         backing = {"name": header.backing_name, "format": header.backing_format}
@@ -211,6 +224,15 @@ def _header_fields(header: Header) -> dict[str, Any]:
         "compression": header.compression,
         "extended_l2": header.extended_l2,
         "refcount_bits": header.refcount_bits,
+        "extensions": [
+            {
+                "type": f"{each.type:#010x}",
+                "name": EXTENSION_NAMES.get(each.type),
+                "length": len(each.data),
+                "data": each.data[:_SHOWN].hex(),
+            }
+            for each in header.extensions
+        ],
     }
 
 
@@ -226,6 +248,11 @@ def _text(image: Path, found: dict[str, Any]) -> str:
     rows.append(("encryption", _encryption_text(found)))
     for kind, names in found["features"].items():
         rows.append((f"{kind} features", ", ".join(names)))
+    rows += [
+        ("extension", f"{each['type']} (unknown), {each['length']} bytes: {each['data'][:64]}")
+        for each in found["extensions"]
+        if each["name"] is None
+    ]
     rows += _entry_rows(found)
     rows += [("problem", text) for text in found["problems"]]
     rows += [("note", text) for text in found["warnings"]]

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
     from .options import Common
 
-__all__ = ["missing_field", "missing_lines", "open_for", "refuse_writer"]
+__all__ = [
+    "missing_field",
+    "missing_lines",
+    "open_for",
+    "refuse_writer",
+    "tell_unfinished",
+    "unfinished_field",
+]
 
 
 def refuse_writer(path: Path, file: HostFile) -> None:
@@ -76,3 +83,14 @@ def missing_lines(*chains: Chain) -> list[str]:
 def missing_field(chain: Chain, name: str = "missing") -> dict[str, str]:
     """For JSON documents: the backing file that is missing and taken for zeroes, if any."""
     return {} if chain.missing is None else {name: absolute(chain.missing)}
+
+
+def unfinished_field(journals: list[Path]) -> dict[str, list[str]]:
+    """For JSON documents: the journals of merges that are not finished, if any."""
+    return {"unfinished_merges": [absolute(path) for path in journals]} if journals else {}
+
+
+def tell_unfinished(journals: list[Path]) -> None:
+    """For people, on stderr: what stands here may be in the middle of a merge."""
+    for path in journals:
+        note(f"{path}: a merge is not finished; 'qchain recover {path.parent}' continues it")

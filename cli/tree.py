@@ -14,6 +14,7 @@ from .output import absolute, write, write_json
 
 if TYPE_CHECKING:
     from qchain.chain.tree import TreeImage
+    from qchain.hostfile import HostFile
 
 __all__ = ["tree"]
 
@@ -26,23 +27,35 @@ def tree(
     common: Common,
 ) -> None:
     """Show all images of some directories as a tree: overlays below what they back on."""
-    from qchain.chain.tree import read_tree
+    from qchain.chain.tree import read_tree, unfinished_below
     from qchain.forensics.staleness import tree_staleness
 
-    images = read_tree(directories, common.gate())
-    warnings = {
-        image.path: found
-        for image in images
-        if image.backing is not None
-        and (found := tree_staleness(image.path, image.backing)) is not None
-    }
+    from .opening import tell_unfinished, unfinished_field
+
+    # Only headers are read, so an image in use does not forbid the whole directory.
+    images = read_tree(directories, common.gate(), None if common.force_share else _in_use)
+    for image in images:
+        if image.backing is not None:
+            found = tree_staleness(image.path, image.backing)
+            image.warnings += [] if found is None else [found]
+    journals = unfinished_below(directories)
     if common.json:
-        write_json({"images": [_as_json(image, warnings) for image in images]})
+        listed = [_as_json(image) for image in images]
+        write_json({"images": listed} | unfinished_field(journals))
     else:
-        write(_picture(images, warnings))
+        write(_picture(images))
+        tell_unfinished(journals)
 
 
-def _as_json(image: TreeImage, warnings: dict[Path, str]) -> dict[str, Any]:
+def _in_use(file: HostFile) -> str | None:
+    from qchain.run.locks import holder_name, probe
+
+    if not probe(file.fd).writer:
+        return None
+    return f"in use by {holder_name(file.fd) or 'another process'}: this may change at any moment"
+
+
+def _as_json(image: TreeImage) -> dict[str, Any]:
     return {
         "path": absolute(image.path),
         "format": image.format,
@@ -52,11 +65,11 @@ def _as_json(image: TreeImage, warnings: dict[Path, str]) -> dict[str, Any]:
         "backing_format": image.backing_format,
         "overlays": [absolute(path) for path in image.overlays],
         "problems": image.problems,
-        "warnings": [warnings[image.path]] if image.path in warnings else [],
+        "warnings": image.warnings,
     }
 
 
-def _picture(images: list[TreeImage], warnings: dict[Path, str]) -> str:
+def _picture(images: list[TreeImage]) -> str:
     """Bases at the left, each overlay indented below what it backs on."""
     from .tables import fold
 
@@ -76,7 +89,7 @@ def _picture(images: list[TreeImage], warnings: dict[Path, str]) -> str:
             drawn.add(image.path)
             lines.append(fold(lead, _line(image), below + ("|   " if image.overlays else "    ")))
             notes = [f"! {text}" for text in image.problems]
-            notes += [f"? {warnings[image.path]}"] if image.path in warnings else []
+            notes += [f"? {text}" for text in image.warnings]
             overlays = [by_path[path] for path in image.overlays if path in by_path]
             bar = "|   " if overlays else "    "
             lines.extend(fold(below + bar, printable(text), below + bar + "  ") for text in notes)

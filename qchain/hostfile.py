@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qchain.errors import DataError, ImageError
 
-__all__ = ["FileId", "HostFile"]
+__all__ = ["FileId", "HostFile", "names_in"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,7 @@ class HostFile:
         self.path = Path(path)
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         try:
-            # O_NOATIME: reading evidence must not change its access time. The
-            # kernel grants it only to the owner and to root.
-            try:
-                self.fd = os.open(path, flags | os.O_NOATIME)
-            except PermissionError:
-                self.fd = os.open(path, flags)
+            self.fd = _open_untouched(path, flags)
         except OSError as error:
             raise ImageError(path, _reason(error), "check the name and its permissions") from None
         except ValueError:
@@ -141,6 +136,29 @@ class HostFile:
                 data, hole = position, end
             yield data, hole
             position = hole
+
+
+def names_in(directory: str | Path) -> list[str]:
+    """The names in a directory, sorted; its access time is kept where the kernel allows.
+
+    Raises: `OSError` when it cannot be read.
+    """
+    fd = _open_untouched(directory, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+    try:
+        return sorted(os.listdir(fd))  # noqa: PTH208
+    finally:
+        os.close(fd)
+
+
+def _open_untouched(path: str | Path, flags: int) -> int:
+    """Open for reading without changing the access time: evidence must stay as it is.
+
+    The kernel grants O_NOATIME only to the owner and to root.
+    """
+    try:
+        return os.open(path, flags | os.O_NOATIME)
+    except PermissionError:
+        return os.open(path, flags)
 
 
 def _reason(error: OSError) -> str:

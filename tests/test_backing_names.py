@@ -397,6 +397,20 @@ def test_qcow2_on_a_device_larger_than_the_image(devices: list[Path], tmp_path: 
     assert ours(top) == expected == ours(tmp_path / "b.img", Gate(follow=True))
 
 
+def test_a_block_device_as_data_file(devices: list[Path], tmp_path: Path) -> None:
+    store, top = tmp_path / "store", tmp_path / "top.qcow2"
+    store.write_bytes(bytes(SIZE))
+    device = attach(devices, store)
+    words = f"data_file={device},data_file_raw=on"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", words, top, str(SIZE))
+    qemu_io(top, ["write -q -P 5 0 64k", "write -q -P 6 70k 1k"], "qcow2")
+    with pytest.raises(NotAllowed, match="--allow /dev"):
+        ours(top)
+    expected = raw_of(top)
+    assert expected.count(5) == 65536 and expected.count(6) == 1024
+    assert ours(top, Gate(allow=(Path("/dev"),))) == expected
+
+
 def test_two_devices_over_one_file_are_two(devices: list[Path], tmp_path: Path) -> None:
     """A device is known by its number, not by the node's inode: a second node is the same one."""
     file = base(tmp_path / "base.img", "A")

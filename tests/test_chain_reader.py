@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 import tempfile
 import zlib
@@ -17,12 +18,12 @@ from fixtures.build import Chain, build_chain
 from fixtures.generate import chains
 from fixtures.language import LayerLike, LayerSpec
 from fixtures.oracle import QemuError, qemu_img, raw_of, run_tool
-from fixtures.shadow import shadow_points
+from fixtures.shadow import pattern, shadow_points
 from qchain.chain.chain import open_chain
 from qchain.chain.digest import digest
 from qchain.chain.layer import Layer
 from qchain.chain.reader import PIECE, pieces, read
-from qchain.errors import DataError, Unsupported, UsageError
+from qchain.errors import DataError, ImageError, Unsupported, UsageError
 
 SLOW = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -290,6 +291,64 @@ def test_hostile_entries(options: str, tmp_path: Path) -> None:
     run_tool(["qemu-io", "-f", "qcow2", "-c", f"write -q -z 0 {count * size}", above])
     with open_chain(above) as chain:
         assert read(chain.layers, 0, count * size) == bytes(count * size)
+
+
+def l1_word(path: Path, index: int, word: int | None = None) -> int:
+    """The L1 entry of an image, set first if a word is given."""
+    with path.open("r+b") as file:
+        file.seek(40)
+        at = struct.unpack(">Q", file.read(8))[0] + index * 8
+        if word is not None:
+            file.seek(at)
+            file.write(struct.pack(">Q", word))
+        file.seek(at)
+        found: int = struct.unpack(">Q", file.read(8))[0]
+    return found
+
+
+@pytest.mark.parametrize("options", ["", "v2", "ext"])
+def test_hostile_l1_entries(options: str, tmp_path: Path) -> None:
+    """As L2 entries: read as in qemu, or not at all as there; other tables are not harmed."""
+    cluster = 16384 if options == "ext" else 4096
+    table = cluster // (16 if options == "ext" else 8) * cluster
+    head = f"[{options or 'v3'} cluster={cluster} size={3 * table}]"
+    runs = f"8k:A {table - 8192}:- 8k:B {table - 8192}:- 8k:C"
+    built = build_chain(tmp_path, [f"[cluster=2M] {3 * table}:Z", f"{head} {runs}"])
+    good = [l1_word(built.active, index) for index in range(3)]
+    # The middle table is spoilt. Where no table can be the image is refused as a whole; qemu
+    # fails there, or reads zeroes if it is beyond the end of the file.
+    beyond = [1 << 63 | 0x7FFF0000, 1 << 63 | 0x00FFFFFFFFFF0000]
+    refused = [good[1] + 512, (1 << 64) - 1, *beyond]
+    spans = [(index * table, 8192) for index in range(3)]
+    for word in refused:
+        l1_word(built.active, 1, word)
+        assert (qemu_reads(built.active, spans)[1] is None) == (word not in beyond)
+        with pytest.raises(ImageError, match="L1 entry 1 points to"):
+            open_chain(built.active)
+    contents = set()
+    for word in (
+        0, 1 << 63, 1, 511, good[1] | 1, good[1] | 1 << 56, good[1] | 0x7F << 56,
+        good[1] & ~(1 << 63), good[0],
+    ):  # fmt: skip
+        l1_word(built.active, 1, word)
+        found = assert_as_qemu(built.active, spans)
+        assert found[0] and found[2]
+        contents.add(found[1])
+    # The base, its own table, and that of the first entry, which is found[0] again.
+    assert contents == {pattern("Z", table, 8192), pattern("B", table, 8192), found[0]}
+
+
+def test_the_last_sector_of_compressed_data_may_lie_beyond_the_file(tmp_path: Path) -> None:
+    built = build_chain(tmp_path, ["[size=128k] 64k:a"])
+    word, _ = peek(built.base, 0)
+    offset = word & (1 << 54) - 1
+    raw = built.base.read_bytes()
+    stream = zlib.decompressobj(-12)
+    stream.decompress(raw[offset:])
+    end = len(raw) - len(stream.unused_data)
+    assert end % 512, "the stream fills its sectors by chance"
+    os.truncate(built.base, end)
+    assert assert_as_qemu(built.base, [(0, 65536)]) == [pattern("A", 0, 65536)]
 
 
 WORDS = st.one_of(st.sampled_from(HOSTILE), st.integers(0, (1 << 64) - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from cli_runner import on_terminal, run
 
 from fixtures.build import build_chain
-from fixtures.oracle import qemu_img, qemu_info
+from fixtures.oracle import qemu_img, qemu_info, raw_of
 
 FIELDS = {
     *("path", "format", "version", "virtual_size", "cluster_size", "file_size", "disk_size"),
@@ -154,3 +155,80 @@ def test_table_is_narrow_and_harmless(tmp_path: Path) -> None:
     out = on_terminal("info", path).out
     assert max(map(len, out.splitlines())) <= 80
     assert "\x1b" not in out and shown in out.replace("\n" + " " * 14, "")
+
+
+def with_extension(path: Path, kind: int, data: bytes) -> None:
+    """Put an extension before those that an image has."""
+    raw = bytearray(path.read_bytes())
+    length = int.from_bytes(raw[100:104], "big")
+    new = struct.pack(">II", kind, len(data)) + data.ljust(-(-len(data) // 8) * 8, b"\0")
+    raw[length : length + 512] = new + raw[length : length + 512 - len(new)]
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x1b[31m odd \0 bytes", bytes(range(56)), b"8 bytes."])
+def test_unknown_extensions_are_shown(tmp_path: Path, data: bytes) -> None:
+    path = build_chain(tmp_path, ["[size=1M] 64k:A 64k:-", "64k:B"]).base
+    before = qemu_info(path)["format-specific"], raw_of(path)
+    with_extension(path, 0x51434E01, data)
+    # qemu passes over it, and reads what it read before.
+    assert (qemu_info(path)["format-specific"], raw_of(path)) == before
+    found = run("info", "--json", path).json
+    assert (found["readable"], found["problems"]) == (True, [])
+    assert found["extensions"][0] == {
+        "type": "0x51434e01",
+        "name": None,
+        "length": len(data),
+        "data": data.hex(),
+    }
+    assert [each["name"] for each in found["extensions"][1:]] == ["feature names"]
+    text = run("info", path).out
+    assert (
+        f"0x51434e01 (unknown), {len(data)} bytes: {data.hex()[:64]}"
+        in " ".join(text.split()) + " "
+    )
+    assert "\x1b" not in text
+
+
+def test_known_extensions_are_named(tmp_path: Path) -> None:
+    path = build_chain(tmp_path, ["[size=1M] 64k:A", "[datafile] 64k:B"]).active
+    qemu_img("bitmap", "--add", path, "b0")
+    names = {each["name"] for each in run("info", "--json", path).json["extensions"]}
+    assert names == {"backing format", "data file name", "feature names", "bitmaps"}
+    assert "unknown" not in run("info", path).out
+
+
+def test_a_header_that_ends_before_the_compression_type(tmp_path: Path) -> None:
+    """104 bytes, as old versions of qemu wrote: what follows are extensions already."""
+    path = build_chain(tmp_path, ["64k:A 64k:- 64k:c"]).active
+    raw = bytearray(path.read_bytes())
+    # Its first byte, 1, would be compression type zstd.
+    raw[104:512] = (struct.pack(">II", 0x01020304, 8) + b"a word.." + bytes(512))[:408]
+    raw[100:104] = struct.pack(">I", 104)
+    path.write_bytes(raw)
+    assert qemu_info(path)["format-specific"]["data"]["compression-type"] == "zlib"
+    found = run("info", "--json", path).json
+    assert (found["compression"], found["problems"]) == ("zlib", [])
+    assert [each["type"] for each in found["extensions"]] == ["0x01020304"]
+    digest = run("hash", "--json", path).json["digest"]
+    assert digest == hashlib.sha256(raw_of(path)).hexdigest()
+
+
+def test_unknown_features_that_do_not_forbid_reading(tmp_path: Path) -> None:
+    path = build_chain(tmp_path, ["64k:A 64k:-"]).active
+    before = raw_of(path)
+    raw = bytearray(path.read_bytes())
+    raw[80:96] = struct.pack(">QQ", 1 << 40 | 1, 1 << 33)
+    # The image names one of them.
+    at = raw.index(struct.pack(">I", 0x6803F857)) + 8
+    raw[at : at + 48] = b"\1\x28" + b"from the future".ljust(46, b"\0")
+    path.write_bytes(raw)
+    assert raw_of(path) == before
+    found = run("info", "--json", path).json
+    assert found["features"] == {
+        "incompatible": [],
+        "compatible": ["lazy refcounts", "from the future"],
+        "autoclear": ["bit 33"],
+    }
+    assert (found["readable"], found["problems"]) == (True, [])
+    assert run("hash", "--json", path).json["digest"] == hashlib.sha256(before).hexdigest()

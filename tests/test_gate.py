@@ -209,27 +209,32 @@ def test_missing(tmp_path: Path) -> None:
     assert "missing" in refused(top)
 
 
-@pytest.mark.parametrize("how", ["self", "two", "hard link", "symbolic link", "three"])
+LOOPS = {
+    "self": [("top", "top")],
+    "two": [("top", "other"), ("other", "top")],
+    "hard link": [("top", "twin")],
+    "symbolic link": [("top", "twin")],
+    # The loop does not come back to the top.
+    "three": [("top", "a"), ("a", "b"), ("b", "./a")],
+}
+
+
+@pytest.mark.parametrize("how", LOOPS)
 def test_loops(how: str, tmp_path: Path) -> None:
     top = tmp_path / "top"
-    if how == "self":
-        image(top, "top")
-    elif how == "two":
-        image(top, "other")
-        image(tmp_path / "other", "top")
-    elif how == "hard link":
-        image(top, "twin")
+    for name, backing in LOOPS[how]:
+        image(tmp_path / name, backing)
+    if how == "hard link":
         (tmp_path / "twin").hardlink_to(top)
     elif how == "symbolic link":
-        image(top, "twin")
         (tmp_path / "twin").symlink_to("top")
-    else:
-        # The loop does not come back to the top.
-        image(top, "a")
-        image(tmp_path / "a", "b")
-        image(tmp_path / "b", "./a")
-    assert "loops" in refused(top)
-    assert "loops" in refused(top, Gate(follow=True))
+    # The image whose backing name closes the loop, that name, and where it leads.
+    culprit, name = LOOPS[how][-1]
+    back = {"two": str(top), "three": str(tmp_path / "a")}.get(how, "itself")
+    for gate in (Gate(), Gate(follow=True)):
+        said = refused(top, gate)
+        assert f"{tmp_path / culprit}: the chain loops: its backing name '{name}'" in said
+        assert f"leads back to {back}" in said
 
 
 def test_symbolic_link_to_itself(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("bash", "cat", "cut", "dirname", "env", "grep", "sha256sum", "tr", "mkdir", "chmod")
 PROGRAMS = ("qemu-img", "qemu-io", "mke2fs", "debugfs", "e2fsck", "sfdisk")
 FOR_TESTS = (
-    *("mkfs.ext4", "getfacl", "setfacl", "strace", "mount", "losetup", "chromium"),
+    *("mkfs.ext4", "e2image", "getfacl", "setfacl", "strace", "mount", "losetup", "chromium"),
     *("mkfs.xfs", "mkfs.ntfs", "mkfs.vfat", "mkswap", "mkfs.btrfs"),
 )
 
@@ -70,7 +70,7 @@ chmod +x .venv/bin/python""",
 
 APT = "apt-get install -y -qq --no-install-recommends -o Dpkg::Use-Pty=0"
 INSTALL = [
-    "pip -m pip install --quiet --disable-pip-version-check -e .[dev]",
+    "pip -m pip install --quiet --disable-pip-version-check -e .[bench,dev]",
     "pip -m compileall -q qchain cli",
 ]
 

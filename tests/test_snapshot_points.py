@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from cli_runner import run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fixtures.build import build_chain
-from fixtures.oracle import QemuError, qemu_img, qemu_info, qemu_io, raw_of
+from fixtures.oracle import QemuError, qemu_check, qemu_img, qemu_info, qemu_io, raw_of
 from fixtures.shadow import pattern
 from qchain.chain.chain import open_chain
 from qchain.chain.digest import digest
@@ -304,6 +305,28 @@ def test_vm_state_is_noted_and_not_part_of_the_disk(tmp_path: Path) -> None:
     (found,) = snapshots(image)
     assert found.vm_state_size == 5 << 32 == qemu_info(image)["snapshots"][0]["vm-state-size"]
     assert ours(image, "one") == judged(image, "one") == pattern("A", 0, 65536) + bytes(983040)
+
+
+def test_vm_state_behind_the_end_of_the_disk(tmp_path: Path) -> None:
+    """As savevm stores it: in clusters that the snapshot's L1 maps from the disk's end on."""
+    image = build_chain(tmp_path, ["[cluster=512 size=1M] 64k:A 448k:- 64k:B"]).active
+    take(image, "one")
+    # The disk was half as long, and what follows it is the state of the machine.
+    patch_first_entry(image, 40, struct.pack(">QQ", 1 << 16, 1 << 19))
+    put(image, "C", 0, 1 << 20)
+    (found,) = snapshots(image)
+    assert (found.vm_state_size, found.disk_size) == (1 << 16, 1 << 19)
+    told = qemu_info(image)["snapshots"][0]
+    assert told["vm-state-size"] == 1 << 16
+    expected = pattern("A", 0, 65536) + bytes((1 << 19) - 65536)
+    assert ours(image, "one") == expected == reverted(image, "one")
+    info = run("info", "--json", image).json["snapshots"][0]
+    assert info["vm_state_size"] == 1 << 16
+    assert "VM state of 64.0 KiB" in run("info", image).out
+    # Its clusters are in use, not leaked.
+    assert qemu_check(image) == {"corruptions": 0, "leaks": 0}
+    report = run("check", "--json", image)
+    assert (report.code, report.json["corruptions"], report.json["leaks"]) == (0, 0, 0)
 
 
 def test_without_extra_data_the_small_field_counts(tmp_path: Path) -> None:

@@ -63,6 +63,12 @@ def test_the_picture(tmp_path: Path) -> None:
     ]
 
 
+def test_a_link_does_not_hide_the_file(tmp_path: Path) -> None:
+    built = build_chain(tmp_path, ["64k:A", "64k:B"])
+    (tmp_path / "a-link").symlink_to(built.active.name)
+    assert set(images_of(tmp_path)) == {path.name for path in built.paths}
+
+
 def test_missing_looping_and_unrecorded(tmp_path: Path) -> None:
     built = build_chain(tmp_path, ["64k:A", "64k:B", "64k:C"])
     built.base.unlink()
@@ -82,6 +88,18 @@ def test_missing_looping_and_unrecorded(tmp_path: Path) -> None:
     for name in found:
         assert sum(f"/{name}  (" in line for line in text.splitlines()) == 1
     assert "! its backing file" in text
+
+
+def test_the_image_that_closes_a_loop(tmp_path: Path) -> None:
+    """As `qchain chain` says it of the active image, whatever the order of the names."""
+    for name in ("a", "b", "top"):
+        qemu_img("create", "-q", "-f", "qcow2", tmp_path / name, "1M")
+    for name, backing in (("top", "b"), ("b", "a"), ("a", "b")):
+        qemu_img("rebase", "-u", "-F", "qcow2", "-b", backing, tmp_path / name)
+    problems = {name: entry["problems"] for name, entry in images_of(tmp_path).items()}
+    why = f"the chain loops: it backs on {tmp_path}/b, which backs on it"
+    assert problems == {"a": [why], "b": [], "top": []}
+    assert run("chain", tmp_path / "top").fails(4).startswith(f"qchain: {tmp_path}/a: ")
 
 
 def test_a_base_changed_later_is_a_warning(tmp_path: Path) -> None:

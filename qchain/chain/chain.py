@@ -140,7 +140,7 @@ def open_chain(
         current = path
         while True:
             if file.id in seen:
-                raise ImageError(current, f"the chain loops: it is also {seen[file.id]}")
+                raise _loop(layers[-1], seen[file.id])
             seen[file.id] = current
             layer = open_layer(current, file, fmt, gate, path, None if layers else snapshot)
             layers.append(layer)
@@ -172,6 +172,17 @@ def open_chain(
         for file in opened:
             file.close()
         raise
+
+
+def _loop(culprit: Layer, above: Path) -> ImageError:
+    """The error for a layer whose backing name leads back into the chain, to `above`."""
+    name = "" if culprit.backing is None else culprit.backing.name
+    where = "itself" if above == culprit.path else f"{above}, above it in the chain"
+    return ImageError(
+        culprit.path,
+        f"the chain loops: its backing name {name[:200]!r} leads back to {where}",
+        "record the right backing file with 'qemu-img rebase -u'",
+    )
 
 
 def _open_below(gate: Gate, where: Path, named: Path, overlay: Path) -> HostFile:

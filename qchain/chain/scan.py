@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,17 +11,26 @@ from pathlib import Path
 
 from qchain.chain.names import resolve_name
 from qchain.errors import ImageError
-from qchain.hostfile import FileId, HostFile
+from qchain.hostfile import FileId, HostFile, names_in
 from qchain.qcow2.foreign import is_qcow2
 from qchain.qcow2.header import read_header
 
-__all__ = ["JOURNAL_SUFFIX", "WORK_PREFIX", "Overlay", "identity", "overlays_in", "unfinished"]
+__all__ = [
+    "JOURNAL_SUFFIX",
+    "WORK_PREFIX",
+    "Overlay",
+    "identity",
+    "overlays_in",
+    "unfinished",
+    "unfinished_of",
+]
 
 WORK_PREFIX = ".qchain-"
 """Names of our own work directories and aliases; scans pass over them."""
 
 
 JOURNAL_SUFFIX = ".journal"
+_MAX_JOURNAL = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +66,11 @@ def overlays_in(directories: Iterable[Path]) -> Iterator[Overlay]:
         if where is None or where in done:
             continue
         done.add(where)
-        with os.scandir(directory) as entries:
-            names = sorted(
-                entry.path
-                for entry in entries
-                if not entry.name.startswith(WORK_PREFIX) and entry.is_file()
-            )
-        for name in names:
-            found = _overlay(Path(name))
+        for name in names_in(directory):
+            path = directory / name
+            found = None
+            if not name.startswith(WORK_PREFIX) and path.is_file():
+                found = _overlay(path)
             if found is not None:
                 yield found
 
@@ -84,10 +92,33 @@ def _overlay(path: Path) -> Overlay | None:
 
 def unfinished(directories: Iterable[Path]) -> list[Path]:
     """The journals in the directories themselves: merges that are not finished."""
-    found = {
-        path
-        for directory in directories
-        for path in directory.glob(f"{WORK_PREFIX}*{JOURNAL_SUFFIX}")
-        if path.is_file()
-    }
-    return sorted(found)
+    found: set[Path] = set()
+    for directory in directories:
+        # Where nothing can be listed no merge of ours can have been.
+        with contextlib.suppress(OSError, ValueError):
+            found |= {
+                directory / name
+                for name in names_in(directory)
+                if name.startswith(WORK_PREFIX) and name.endswith(JOURNAL_SUFFIX)
+            }
+    return sorted(path for path in found if path.is_file())
+
+
+def unfinished_of(images: Iterable[Path]) -> list[Path]:
+    """The journals beside some images that name one of them: merges to be recovered."""
+    names = {os.path.abspath(image) for image in images}
+    beside = unfinished({Path(name).parent for name in names})
+    return [path for path in beside if _concerns(path, names)]
+
+
+def _concerns(journal: Path, names: set[str]) -> bool:
+    """Whether a journal names one of the files; one that cannot be read might."""
+    try:
+        with HostFile(journal) as file:
+            if file.size > _MAX_JOURNAL:
+                return True
+            document = json.loads(file.pread(0, file.size))
+        listed = {layer["path"] for group in document["groups"] for layer in group["layers"]}
+    except (ImageError, ValueError, KeyError, TypeError, RecursionError):
+        return True
+    return not names.isdisjoint(listed)

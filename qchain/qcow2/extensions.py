@@ -15,6 +15,7 @@ from qchain.qcow2.findings import Finding, Level
 from qchain.qcow2.structures import BITMAPS_EXTENSION, EXTENSION_HEAD, FEATURE_NAME, LUKS_POINTER
 
 __all__ = [
+    "EXTENSION_NAMES",
     "MAX_BITMAPS",
     "MAX_BITMAP_DIRECTORY",
     "BitmapsExtension",
@@ -29,6 +30,15 @@ FEATURE_NAMES = 0x6803F857
 BITMAPS = 0x23852875
 LUKS = 0x0537BE77
 DATA_FILE = 0x44415441
+
+EXTENSION_NAMES = {
+    BACKING_FORMAT: "backing format",
+    FEATURE_NAMES: "feature names",
+    BITMAPS: "bitmaps",
+    LUKS: "LUKS header",
+    DATA_FILE: "data file name",
+}
+"""What each type that we know holds. Others are kept as they are."""
 
 _HEAD = EXTENSION_HEAD.sizeof()
 # qemu writes at most six. A 2 MiB cluster full of empty ones would cost seconds.
