@@ -59,12 +59,20 @@ def overlays_in(directories: Iterable[Path]) -> Iterator[Overlay]:
             names = sorted(
                 entry.path
                 for entry in entries
-                if not entry.name.startswith(WORK_PREFIX) and entry.is_file()
+                if not entry.name.startswith(WORK_PREFIX) and _is_file(entry)
             )
         for name in names:
             found = _overlay(Path(name))
             if found is not None:
                 yield found
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        # Links in a circle, or one into a directory that may not be searched.
+        return False
 
 
 def _overlay(path: Path) -> Overlay | None:
