@@ -20,6 +20,7 @@ from qchain.chain.layer import Layer, Masks, Qcow2Layer
 from qchain.chain.ownership import unify
 from qchain.chain.parallel import thread_pool
 from qchain.chain.resolve import windows
+from qchain.qcow2.header_limits import MAX_L1_BYTES
 
 __all__ = ["Traffic", "commit_granularity", "count_traffic"]
 
@@ -249,7 +250,9 @@ class _Tables:
         self.span = 0
         if isinstance(layer, Qcow2Layer):
             self.span = layer.cluster_size * layer.tables.per_table
-            self.touched = np.zeros(-(-size // self.span), bool)
+            # No table is larger, whatever the kept image announces.
+            count = min(-(-size // self.span), MAX_L1_BYTES // 8)
+            self.touched = np.zeros(count, bool)
             there = layer.tables.l1[: len(self.touched)] != 0
             self.there = np.zeros(len(self.touched), bool)
             self.there[: len(there)] = there
@@ -265,11 +268,14 @@ class _Tables:
         if not len(cells):
             return
         first = (start + cells * unit) // self.span
+        first = first[first < len(self.touched)]
         self.touched[first] = True
-        for more in range(1, unit // self.span):
-            # The cells of a window where little is allocated may cover several tables.
-            index = first + more
-            self.touched[index[index < len(self.touched)]] = True
+        tables = unit // self.span
+        if tables > 1:
+            # The cells of a window where little is allocated may cover several tables, and
+            # then they are few.
+            for index in first.tolist():
+                self.touched[index : index + tables] = True
 
     @property
     def new(self) -> int:
