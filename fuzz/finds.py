@@ -127,11 +127,13 @@ def save(plan: Plan, seed: int, mutant: Mutant, failure: Failure, directory: Pat
     """Write the find as hex text; returns its name."""
     with _stage(plan, seed) as stage:
         stage.drafts.apply(mutant)
-        files = {name: bytes(draft) for name, draft in stage.drafts.files.items()}
-    shape = plan.shapes[seed % len(plan.shapes)]
+        shape = stage.drafts.shape
+        # The active image first: that is how a reader of the text knows it.
+        names = sorted(shape.files, key=lambda name: name != shape.active)
+        files = {name: bytes(stage.drafts.files[name]) for name in names}
     notes = [
         f"{failure.kind}: {failure.where}",
-        f"seed {seed}, shape {shape.name}, image {shape.active}",
+        f"seed {seed}, shape {shape.name}",
         mutant.what[:400],
     ]
     directory.mkdir(parents=True, exist_ok=True)

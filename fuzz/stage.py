@@ -25,6 +25,8 @@ def place_for_files() -> Path | None:
 class _File:
     fd: int
     draft: Draft
+    has_holes: bool
+    """Holes tell something of a raw file."""
 
 
 class Stage:
@@ -39,9 +41,8 @@ class Stage:
         self._files: list[_File] = []
         for name, draft in self.drafts.files.items():
             fd = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            os.ftruncate(fd, len(draft))
-            _write(fd, 0, bytes(draft))
-            self._files.append(_File(fd, draft))
+            _write_whole(fd, bytes(draft))
+            self._files.append(_File(fd, draft, shape.formats[name] == "raw"))
 
     def close(self) -> None:
         for file in self._files:
@@ -60,15 +61,20 @@ class Stage:
         """Drafts and files are what the shape is."""
         for file in self._files:
             touched = file.draft.undo()
+            if sum(length for _, length in touched) >= _PIECE or (touched and file.has_holes):
+                _write_whole(file.fd, bytes(file.draft))
+                continue
             if os.fstat(file.fd).st_size != len(file.draft):
                 os.ftruncate(file.fd, len(file.draft))
             for offset, length in touched:
-                _write(file.fd, offset, file.draft[offset : offset + length])
+                os.pwrite(file.fd, file.draft[offset : offset + length], offset)
 
 
-def _write(fd: int, offset: int, data: bytes) -> None:
-    """Holes stay holes, where whole pages of the file are zeroes."""
+def _write_whole(fd: int, data: bytes) -> None:
+    """All of a file anew: pages of zeroes are holes."""
+    os.ftruncate(fd, 0)
+    os.ftruncate(fd, len(data))
     for start in range(0, len(data), _PIECE):
         piece = data[start : start + _PIECE]
-        if len(data) < _PIECE or any(piece):
-            os.pwrite(fd, piece, offset + start)
+        if piece.count(0) < len(piece):
+            os.pwrite(fd, piece, start)

@@ -133,7 +133,9 @@ def failure_of(plan: Plan, stage: Stage, seed: int) -> tuple[Failure | None, boo
         failure = Failure("exception", _where(error), traceback.format_exc())
     growth = memory_growth()
     if failure is None and growth > plan.memory:
-        failure = Failure("memory", f"{growth >> 20} MiB", f"memory grew by {growth} bytes")
+        failure = Failure(
+            "memory", f"over {plan.memory >> 20} MiB", f"memory grew by {growth} bytes"
+        )
     return failure, opened, growth
 
 
