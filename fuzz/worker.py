@@ -33,7 +33,7 @@ COMMANDS: Sequence[Sequence[str]] = (
     ("tree",),
     ("leaks", "--json"),
     ("map", "--layer"),
-    ("info", "--bitmap", "first"),
+    ("info",),
 )
 _CODES = (0, 1, 3, 4)
 _ADDRESS_SPACE = 4 << 30
