@@ -6,6 +6,8 @@ Exit code 1 when anything was found.
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +24,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, help="processes (default: one for each processor)")
     parser.add_argument("--keep", type=Path, default=Path("build/finds"), metavar="DIR",
                         help="where finds go")  # fmt: skip
+    parser.add_argument("--atheris", type=int, default=60, metavar="SECONDS",
+                        help="of the header's parser, where atheris is installed")  # fmt: skip
     chosen = parser.parse_args()
 
     plan = Plan(build_shapes(), probe, chosen.seed, chosen.count)
@@ -30,7 +34,12 @@ def main() -> int:
     if sys.stderr.isatty():
         print(file=sys.stderr)
     print(_summary(result))
-    return 1 if result.finds else 0
+    failed = bool(result.finds)
+    if chosen.atheris and importlib.util.find_spec("atheris") is not None:
+        print("\nthe parser under atheris", flush=True)
+        argv = [sys.executable, "-m", "fuzz.parser", f"-max_total_time={chosen.atheris}"]
+        failed |= subprocess.run(argv, check=False).returncode != 0
+    return int(failed)
 
 
 def _progress(plan: Plan, now: Result) -> None:

@@ -71,7 +71,7 @@ def probe(image: Path, number: int = 0, secret: bytes | None = None) -> Probe:
         search=(image.parent,) if number % 16 == 5 else (),
         secret=secret if number % 8 == 0 and secret is not None and _cheap(image) else None,
     )
-    tries(lambda: _describe(image, tries))
+    tries(lambda: _describe(image, tries, points=number % 2 == 0))
     chain = tries(lambda: open_chain(image, gate))
     if chain is not None:
         with chain:
@@ -105,8 +105,8 @@ class _Tries:
             return None
 
 
-def _describe(image: Path, tries: _Tries) -> None:
-    """All that one file says of itself."""
+def _describe(image: Path, tries: _Tries, points: bool) -> None:
+    """All that one file says of itself. `points`: its snapshots are read too."""
     with HostFile(image) as file:
         header = read_header(file)
         for name in _FIELDS:
@@ -114,7 +114,7 @@ def _describe(image: Path, tries: _Tries) -> None:
         if not all(text.isprintable() for text in (*header.problems, *header.warnings)):
             raise NotOneLine(f"{header.problems} {header.warnings}")
         found = tries(lambda: read_snapshots(file, header)) or []
-        for each in found[:_POINTS]:
+        for each in found[: _POINTS * points]:
             tries(lambda point=each.id or each.name: _point(image, point, tries))  # type: ignore[misc]
         for bitmap in (tries(lambda: read_bitmaps(file, header)) or [])[:_POINTS]:
             ranges = dirty_ranges(file, header, bitmap)
@@ -145,7 +145,7 @@ def _read_chain(chain: Chain, tries: _Tries) -> None:
         stored = (table.kind == Kind.DATA) | (table.kind == Kind.COMPRESSED)
         places.update(table.start[stored][:3].tolist())
         list(itertools.islice(table.extents(), 100))
-    for start in sorted(places)[:8]:
+    for start in sorted(places)[:5]:
         tries(lambda at=start: read(layers, at, _READ))  # type: ignore[misc]
 
 
