@@ -28,8 +28,10 @@ from qchain.forensics.unused import unused_ranges
 from qchain.hostfile import HostFile
 from qchain.plan.plan import make_plan
 from qchain.plan.selection import Request
+from qchain.qcow2.bitmaps import read_bitmaps
 from qchain.qcow2.check import check_image
 from qchain.qcow2.header import read_header
+from qchain.qcow2.snapshots import read_snapshots
 from qchain.verify.compare import compare
 
 PIB = 1 << 50
@@ -170,3 +172,38 @@ def test_a_million_bad_refcount_blocks_are_passed_over(tmp_path: Path) -> None:
         with quickly():
             leaked = check_image(file, header, limit=10).leaked
             unused_ranges(file, header, leaked)
+
+
+def test_tables_of_the_most_entries_are_read_quickly(tmp_path: Path) -> None:
+    """65536 snapshots, 65535 bitmaps: as many as the format allows."""
+    image = tmp_path / "image"
+    qemu_img("create", "-q", "-f", "qcow2", image, "1M")
+    qemu_img("bitmap", "--add", image, "b")
+    with image.open("r+b") as out:
+        raw = out.read()
+        at = raw.index(struct.pack(">II", 0x23852875, 24)) + 8
+        directory = b"".join(
+            struct.pack(">QIIBBHI", 4 << 20, 1, 0, 1, 16, 5, 0) + b"%05d\0\0\0" % number
+            for number in range(65535)
+        )
+        out.seek(at)
+        out.write(struct.pack(">IIQQ", 65535, 0, len(directory), 8 << 20))
+        out.seek(8 << 20)
+        out.write(directory)
+        out.seek(60)
+        out.write(struct.pack(">IQ", 65536, 16 << 20))
+        out.seek(16 << 20)
+        for number in range(65536):
+            name = b"%05d" % number
+            out.write(struct.pack(">QIHHIIQII", 0, 0, 5, 5, 0, 0, 0, 0, 16) + bytes(16))
+            out.write((name + name).ljust(16, b"\0"))
+    with HostFile(image) as file:
+        header = read_header(file)
+        with quickly():
+            snapshots = read_snapshots(file, header)
+        with quickly():
+            bitmaps = read_bitmaps(file, header)
+        with quickly():
+            check_image(file, header, limit=10)
+    assert [each.name for each in snapshots] == [f"{number:05}" for number in range(65536)]
+    assert [each.name for each in bitmaps] == [f"{number:05}" for number in range(65535)]
