@@ -87,7 +87,6 @@ def run(
     result = Result()
     started = time.monotonic()
     told = started
-    # A thread of numpy's for each processor in each process would only be in the way.
     with tempfile.TemporaryDirectory(prefix="qchain-fuzz-", dir=place_for_files()) as place:
         active = [_Worker(plan, number, count, Path(place)) for number in range(count)]
         every = list(active)
@@ -121,10 +120,11 @@ def _sum(every: list[_Worker], result: Result) -> None:
 def _tend(plan: Plan, worker: _Worker, step: int, result: Result, keep: Path | None) -> bool:
     """Hear what a worker has to say, and start it again where it has to be. False: it is done."""
     hung = worker.hangs
-    seed = int(worker.state[Field.SEED])
     if hung:
         worker.stop()
     ended = not worker.process.is_alive()
+    # Only now it no longer changes.
+    seed = int(worker.state[Field.SEED])
     _hear(plan, worker.here, result, keep)
     if not ended and not hung:
         return True

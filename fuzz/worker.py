@@ -142,7 +142,7 @@ def failure_of(plan: Plan, stage: Stage, seed: int) -> tuple[Failure | None, boo
 def _where(error: BaseException) -> str:
     """Type and place, by which finds of one cause are told from others: our innermost line."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if "/qchain/" in frame.filename.replace("\\\\", "/")]
+    ours = [frame for frame in frames if "/qchain/" in frame.filename]
     last = (ours or frames)[-1]
     return f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
 
