@@ -1,5 +1,5 @@
 # Everything from a fresh clone: each target first installs what is missing (scripts/setup).
-.PHONY: help setup demo test damaged product bench clean
+.PHONY: help setup demo test damaged product bench fuzz clean
 
 help:
 	@echo "make demo    build a real chain, merge it, prove that nothing changed"
@@ -7,6 +7,7 @@ help:
 	@echo "make damaged check against qemu-img check on COUNT=10000 damaged images, seeds from SEED=0"
 	@echo "make product read images of qemu-img in all 9641 combinations of its options"
 	@echo "make bench   qchain and qemu-img side by side (BENCH=--quick: small images)"
+	@echo "make fuzz    a million damaged images through the library (FUZZ=\"--count 10000 --seed 5\")"
 	@echo "make setup   only install what demo and bench need; the command is .venv/bin/qchain"
 	@echo "make clean   remove .venv and all caches"
 
@@ -32,6 +33,9 @@ product:
 
 bench: setup
 	@.venv/bin/python -m benchmarks $(BENCH)
+
+fuzz: setup
+	@.venv/bin/python -m fuzz $(FUZZ)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -26,7 +26,8 @@ from fixtures.bigmeta import write_metadata_image
 from fixtures.build import build_layer
 from fixtures.damage import damage
 from fixtures.language import as_spec, resolve_size
-from fixtures.oracle import qemu_img, qemu_io
+from fixtures.oracle import qemu_img
+from fixtures.shapes import build_singles
 from qchain.errors import ImageError, Unsupported
 from qchain.hostfile import HostFile
 from qchain.qcow2.check import CheckReport, Finding, check_image
@@ -38,53 +39,10 @@ FIRST_SEED = int(os.environ.get("QCHAIN_SEED", "0"))
 PARTS = max(1, COUNT // 300)
 COPIED, COMPRESSED = 1 << 63, 1 << 62
 
-LAYERS = {
-    "64k": "[cluster=64k size=64M] 200k:A 1M:- 64k:0 64k:B | 64k:+",
-    "512": "[cluster=512 size=1M] 20k:A 10k:- 5k:0 40k:B | 2k:+ 4k:- 2k:~",
-    "2M": "[cluster=2M size=64M] 64k:A 4M:- 1M:B",
-    "v2": "[cluster=4k v2 size=8M] 40k:A 100k:- 8k:B 16k:c",
-    "1 bit": "[cluster=4k refcount=1 size=8M] 40k:A 100k:- 8k:B 16k:0",
-    "2 bits": "[cluster=4k refcount=2 size=8M] 40k:A 100k:- 8k:b 16k:0",
-    "4 bits": "[cluster=1k refcount=4 size=4M] 40k:A 100k:- 3k:b 16k:0",
-    "8 bits": "[cluster=2k refcount=8 size=8M] 40k:A 100k:- 8k:b 16k:0",
-    "32 bits": "[cluster=4k refcount=32 size=8M] 40k:A 100k:- 8k:b 16k:0",
-    "64 bits": "[cluster=4k refcount=64 size=8M] 40k:A 100k:- 8k:b 16k:0",
-    "extended": "[ext cluster=16k size=16M] 48k:A 96k:- 16k:b 16k:0 5k:C | 1k:0 2k:~",
-    "zstd": "[cluster=8k zstd size=8M] 40k:a 104k:- 8k:b 16k:0",
-    "prealloc": "[cluster=16k prealloc=metadata size=2M] 64k:A",
-}
-
-
-def build_shapes(directory: Path) -> dict[str, bytes]:
-    """Small images by name: each layer as it is, and with snapshots and with bitmaps."""
-    shapes = {}
-    for name, layer in LAYERS.items():
-        for extra in ("", "snapshots", "bitmaps"):
-            few = name in ("1 bit", "2 bits")  # no room for more references
-            if (name == "2M" and extra) or (name == "v2" and extra == "bitmaps"):
-                continue
-            if few and extra == "snapshots":
-                continue
-            path = directory / "shape.qcow2"
-            spec = as_spec(layer)
-            build_layer(path, spec, resolve_size(spec, None))
-            if extra and not few:
-                qemu_img("snapshot", "-c", "one", path)
-                qemu_io(path, ["write -q -P 3 0 8k"], "qcow2")
-                qemu_img("snapshot", "-c", "two", path)
-            if extra == "bitmaps":
-                qemu_img("bitmap", "--add", path, "first")
-                qemu_img("bitmap", "--add", "-g", "64k", path, "second")
-            if extra:
-                qemu_io(path, ["write -q -P 9 20k 40k"], "qcow2")
-            shapes[f"{name} {extra}".strip()] = path.read_bytes()
-            path.unlink()
-    return shapes
-
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    return build_shapes(tmp_path_factory.mktemp("shapes"))
+    return build_singles(tmp_path_factory.mktemp("shapes"))
 
 
 @dataclass(frozen=True)

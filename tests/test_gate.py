@@ -18,6 +18,7 @@ from fixtures.oracle import qemu_img, raw_of
 from qchain.chain.chain import FormatNotRecorded, open_chain
 from qchain.chain.gate import Gate
 from qchain.chain.reader import read
+from qchain.chain.scan import overlays_in
 from qchain.errors import ExitCode, ImageError, NotAllowed, QchainError, Unsupported
 
 
@@ -397,6 +398,27 @@ def test_impossible_names(name: str, tmp_path: Path) -> None:
     refused(image(tmp_path / "top", name))
     refused(image(tmp_path / "top", name), Gate(follow=True))
     refused(image(tmp_path / "top", name), Gate(search=(tmp_path,)))
+
+
+@pytest.mark.parametrize("spelt", ["\\u0000", "/x\\u0000y", "/\\ud800", "/x/\\udfff"])
+def test_names_that_only_json_can_spell(spelt: str, tmp_path: Path) -> None:
+    """A NUL, half of a surrogate pair: found by fuzzing, as errors of Python's own."""
+    chain = build_chain(tmp_path, ["64k:A", "64k:-"])
+    name = f'json:{{"driver":"qcow2","file.filename":"{spelt}"}}'
+    raw = bytearray(chain.active.read_bytes())
+    raw[1024 : 1024 + len(name)] = name.encode()
+    raw[8:20] = (1024).to_bytes(8, "big") + len(name).to_bytes(4, "big")
+    chain.active.write_bytes(raw)
+    for gate in (Gate(), Gate(follow=True), Gate(search=(tmp_path,))):
+        with pytest.raises(ImageError, match="not a possible file name"):
+            open_chain(chain.active, gate)
+
+
+def test_a_scan_passes_over_links_in_a_circle(tmp_path: Path) -> None:
+    """Whatever else lies in the directory of an image: found by fuzzing."""
+    chain = build_chain(tmp_path, ["64k:A", "64k:B"])
+    (tmp_path / "circle").symlink_to("circle")
+    assert [found.path for found in overlays_in([tmp_path])] == [chain.active]
 
 
 def test_a_name_ends_at_its_first_nul(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from qchain.hostfile import HostFile
 from qchain.qcow2 import structures
 from qchain.qcow2.bitmaps import read_bitmaps
 from qchain.qcow2.header import Header, read_header
+from qchain.qcow2.heads import BitmapHead, SnapshotHead, snapshot_extra
 from qchain.qcow2.refcounts import (
     BadBlock,
     decode_refcounts,
@@ -457,6 +458,22 @@ def test_structures_round_trip(name: str, data: st.DataObject) -> None:
     raw = declared.build(fields)
     assert len(raw) % 8 == 0
     assert plain(declared.parse(raw)) == fields
+
+
+@given(raw=st.binary(min_size=64, max_size=64), length=st.integers(0, 40))
+@settings(deadline=None)
+def test_heads_are_those_declared(raw: bytes, length: int) -> None:
+    head = plain(structures.SNAPSHOT_ENTRY_HEAD.parse(raw[:40]))
+    assert SnapshotHead.parse(raw[:40])._asdict() == head
+    extra = structures.SNAPSHOT_EXTRA.parse(raw[:length].ljust(24, b"\0"))
+    assert snapshot_extra(raw[:length]) == (extra.vm_state_size, extra.disk_size, extra.icount)
+    found = BitmapHead.parse(raw[:24])
+    declared = plain(structures.BITMAP_ENTRY_HEAD.parse(raw[:24]))
+    flags = declared.pop("flags")
+    assert found._asdict() == declared | {"flags": found.flags}
+    assert (found.in_use, found.auto, found.extra_data_compatible, found.reserved) == (
+        flags["in_use"], flags["auto"], flags["extra_data_compatible"], flags["reserved"] << 3
+    )  # fmt: skip
 
 
 @given(words=st.binary(min_size=8, max_size=8))

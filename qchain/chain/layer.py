@@ -102,6 +102,13 @@ class Layer(Protocol):
     backing: Backing | None
     header: Header | None
 
+    def next_used(self, start: int) -> int:
+        """Guest offset up to which, from `start` on, nothing at all is allocated.
+
+        `start` itself where something may be; the layer's size, or more, where nothing follows.
+        """
+        ...
+
     def cells(self, start: int, end: int) -> Cells | None:
         """The state of the window; None when this layer allocates nothing in it."""
         ...
@@ -180,6 +187,9 @@ class Qcow2Layer:
     def _clusters(self, start: int, end: int) -> tuple[int, int]:
         end = min(end, self.size)
         return start >> self.cluster_bits, -(-end >> self.cluster_bits)
+
+    def next_used(self, start: int) -> int:
+        return max(start, self.tables.next_table(start >> self.cluster_bits) << self.cluster_bits)
 
     def cells(self, start: int, end: int) -> Cells | None:
         if start >= self.size:
@@ -267,6 +277,9 @@ class RawLayer:
 
     def read_data(self, view: memoryview, offset: int) -> None:
         _read_whole(self.file, view, offset)
+
+    def next_used(self, start: int) -> int:
+        return next((low for low, _ in self.file.data_ranges(start, self.size)), self.size)
 
     def _ranges(self, start: int, end: int) -> tuple[int, list[tuple[int, int]]]:
         # The last sector of an unaligned file is data as a whole.

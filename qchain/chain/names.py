@@ -7,6 +7,7 @@ file are understood; everything else (networks, filters, options) is refused by 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +76,13 @@ def resolve_backing(name: str, fmt: str | None, overlay: Path) -> BackingFile:
 
 def _absolute(filename: str, name: str, overlay: Path) -> Path:
     # qemu resolves these from its working directory: another file in each run.
+    try:
+        os.fsencode(filename)
+    except UnicodeEncodeError:
+        filename = "\0"
+    if "\0" in filename:
+        # JSON can spell what no file name can be: NULs, lone surrogates.
+        raise ImageError(overlay, "its backing name is not a possible file name")
     if not filename.startswith("/"):
         raise Unsupported(
             overlay, f"backing name {name[:200]!r} is relative, to no known directory",

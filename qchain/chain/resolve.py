@@ -8,6 +8,8 @@ result   A A B C 0 B z z         A = depth 0, B = 1, C = 2, z = past the end of 
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -88,13 +90,18 @@ def windows(
 ) -> Windows:
     """Cut [start, end) of the disk of `layers` (active first) into windows.
 
-    About `cells` cells of the finest layer each, so that memory stays the same
+    About `cells` cells of the finest layer that reaches there each, so that memory stays the same
     whatever the disk's size. An unaligned end of a layer gets a small window of its
-    own, so that fine cells are needed only there.
+    own, so that fine cells are needed only there. Where no layer allocates anything a
+    window may be longer, a power of two: the largest disk has a few dozen of those.
     """
     size = layers[0].size
     end = size if end is None else min(end, size)
-    step = max(ALIGNMENT, min(layer.granularity for layer in layers) * cells)
+    by_size = sorted(layers, key=lambda layer: layer.size)
+    sizes = [layer.size for layer in by_size]
+    units = [layer.granularity for layer in by_size]
+    # Of the layers that are longer than position: those from its place in `sizes` on.
+    finest = list(itertools.accumulate(reversed(units), min))[::-1]
     cuts = {
         cut
         for layer in layers
@@ -109,7 +116,10 @@ def windows(
     position = start
     for cut in ordered:
         while position < cut:
+            step = max(ALIGNMENT, finest[bisect.bisect_right(sizes, position)] * cells)
             stop = min(cut, (position // step + 1) * step)
+            if position % step == 0:
+                stop = max(stop, _hole_end(layers, position, cut))
             yield position, stop
             position = stop
 
@@ -122,6 +132,18 @@ def mask_windows(layers: Sequence[Layer], start: int = 0, end: int | None = None
     share = max(_MASK_CELLS // len(layers), _CELLS // 2)
     cells = min(1 << share.bit_length() - 1, 4 * _CELLS)
     return windows(layers, start, end, cells)
+
+
+def _hole_end(layers: Sequence[Layer], start: int, end: int) -> int:
+    """How far a window that allocates nothing may reach: a power of two that `start` divides."""
+    for layer in layers:
+        if start < layer.size:
+            # In one window with the end of a layer it would need small cells.
+            end = min(end, layer.next_used(start), layer.size)
+            if end <= start:
+                return start
+    longest = 1 << (end - start).bit_length() - 1
+    return start + (min(longest, start & -start) if start else longest)
 
 
 def resolve(layers: Sequence[Layer], start: int, end: int) -> tuple[npt.NDArray[np.int32], Cells]:

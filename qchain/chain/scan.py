@@ -69,10 +69,18 @@ def overlays_in(directories: Iterable[Path]) -> Iterator[Overlay]:
         for name in names_in(directory):
             path = directory / name
             found = None
-            if not name.startswith(WORK_PREFIX) and path.is_file():
+            if not name.startswith(WORK_PREFIX) and _is_file(path):
                 found = _overlay(path)
             if found is not None:
                 yield found
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        # Links in a circle, or one into a directory that may not be searched.
+        return False
 
 
 def _overlay(path: Path) -> Overlay | None:

@@ -11,6 +11,7 @@ from qchain.plan.model import DEFAULT, TimeModel
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
 from qchain.plan.traffic import Traffic, count_traffic
+from qchain.qcow2.header_limits import MAX_L1_BYTES
 
 __all__ = ["Candidate", "candidates_of", "choose"]
 
@@ -83,6 +84,13 @@ def obstacle(
         return f"{kept.path.name} is a block device and cannot be renamed"
     if options.names == "kept" and kept.file.id.device != layer.file.id.device:
         return "it lies on another filesystem, from where no rename leads to the kept name"
+    if isinstance(layer, Qcow2Layer) and kept.size > layer.size:
+        tables = -(-kept.size // (layer.cluster_size * layer.tables.per_table))
+        if tables * 8 > MAX_L1_BYTES:
+            return (
+                f"{layer.path.name} cannot grow to {kept.size} bytes: its L1 table would be larger "
+                f"than {MAX_L1_BYTES} bytes"
+            )
     below = layers[target + 1].size if target + 1 < len(layers) else 0
     if (
         isinstance(layer, Qcow2Layer)

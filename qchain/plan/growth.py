@@ -73,9 +73,8 @@ def growth(layer: Layer, clusters: int, new_size: int) -> int:
     room = room_of(layer)
     beyond = max(0, clusters - room.free)
     per_block = cluster * 8 // header.refcount_bits
-    blocks = 0
-    while room.covered + blocks * per_block < room.end + beyond + blocks:
-        blocks += 1
+    # Each new block accounts for itself too.
+    blocks = max(0, -(-(room.end + beyond - room.covered) // (per_block - 1)))
     if room.covered // per_block + blocks > room.table:
         # A larger table is written anew: half as large again, as qemu does.
         blocks += -(-(room.table * 3 // 2 + blocks) * 8 // cluster)

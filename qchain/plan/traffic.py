@@ -22,6 +22,7 @@ from qchain.chain.ownership import unify
 from qchain.chain.parallel import thread_pool
 from qchain.chain.resolve import mask_windows
 from qchain.plan.zeroes import copied_pieces
+from qchain.qcow2.header_limits import MAX_L1_BYTES
 
 __all__ = ["Traffic", "commit_granularity", "count_traffic"]
 
@@ -233,8 +234,13 @@ class _Window:
     def _before(self, mask: Bools, size: int) -> int:
         """Bytes of the set cells that lie before guest byte `size`, or the group's end."""
         size = min(size, self.layers[0].size)
-        whole = max(0, min(len(mask), (size - self.start) // self.unit))
-        return int(np.count_nonzero(mask[:whole])) * self.unit
+        left = max(0, size - self.start)
+        whole = left // self.unit
+        if whole >= len(mask):
+            return int(np.count_nonzero(mask)) * self.unit
+        return int(np.count_nonzero(mask[:whole])) * self.unit + int(mask[whole]) * (
+            left % self.unit
+        )
 
     def _new_clusters(self, layer: Layer, written: Bools, has_host: Bools | None) -> int:
         cluster = 4096 if layer.header is None else layer.header.cluster_size
@@ -298,7 +304,9 @@ class _Tables:
         self.span = 0
         if isinstance(layer, Qcow2Layer):
             self.span = layer.cluster_size * layer.tables.per_table
-            self.touched = np.zeros(-(-size // self.span), bool)
+            # No table is larger, whatever the kept image announces.
+            count = min(-(-size // self.span), MAX_L1_BYTES // 8)
+            self.touched = np.zeros(count, bool)
             there = layer.tables.l1[: len(self.touched)] != 0
             self.there = np.zeros(len(self.touched), bool)
             self.there[: len(there)] = there
@@ -314,11 +322,14 @@ class _Tables:
         if not len(cells):
             return
         first = (start + cells * unit) // self.span
+        first = first[first < len(self.touched)]
         self.touched[first] = True
-        for more in range(1, unit // self.span):
-            # The cells of a window where little is allocated may cover several tables.
-            index = first + more
-            self.touched[index[index < len(self.touched)]] = True
+        tables = unit // self.span
+        if tables > 1:
+            # The cells of a window where little is allocated may cover several tables, and
+            # then they are few.
+            for index in first.tolist():
+                self.touched[index : index + tables] = True
 
     @property
     def new(self) -> int:

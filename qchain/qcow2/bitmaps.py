@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +17,11 @@ from qchain.hostfile import HostFile
 from qchain.qcow2.entries import OFFSET_MASK
 from qchain.qcow2.extensions import MAX_BITMAP_DIRECTORY, MAX_BITMAPS, text_of
 from qchain.qcow2.header import Header
-from qchain.qcow2.structures import BITMAP_ENTRY, BITMAP_ENTRY_HEAD
+from qchain.qcow2.heads import BITMAP_HEAD, BitmapHead
 from qchain.qcow2.windows import Window
 
 __all__ = ["Bitmap", "dirty_ranges", "find_bitmap", "read_bitmaps"]
 
-_HEAD = BITMAP_ENTRY_HEAD.sizeof()
 _MAX_NAME = 1023
 _MAX_TABLE_ENTRIES = 0x8000000
 _MAX_BYTES = 512 << 20
@@ -83,20 +81,18 @@ def read_bitmaps(file: HostFile, header: Header) -> list[Bitmap]:
     end = position + where.directory_size
     result = []
     for index in range(where.nb_bitmaps):
-        length = _HEAD
-        head_bytes = window.get(position, _HEAD)
-        if len(head_bytes) == _HEAD:
-            head = BITMAP_ENTRY_HEAD.parse(head_bytes)
-            length += head.extra_size + head.name_size
+        head_bytes = window.get(position, BITMAP_HEAD)
+        # What the file does not hold reads as zeroes, until it is missed below.
+        head = BitmapHead.parse(head_bytes.ljust(BITMAP_HEAD, b"\0"))
+        length = BITMAP_HEAD + head.extra_size + head.name_size
         padded = -(-length // 8) * 8
         if position + padded > end:
             raise ImageError(file.path, f"bitmap {index} ends beyond the bitmap directory")
         raw = window.get(position, length)
         if len(raw) < length:
             raise ImageError(file.path, f"bitmap {index} ends beyond the file")
-        entry = BITMAP_ENTRY.parse(raw.ljust(padded, b"\0"))
-        _check(file, header, entry, index)
-        result.append(_bitmap(entry))
+        _check(file, header, head, index)
+        result.append(_bitmap(head, raw[BITMAP_HEAD:]))
         position += padded
     if position != end:
         raise ImageError(
@@ -105,7 +101,7 @@ def read_bitmaps(file: HostFile, header: Header) -> list[Bitmap]:
     return result
 
 
-def _check(file: HostFile, header: Header, entry: Any, index: int) -> None:
+def _check(file: HostFile, header: Header, entry: BitmapHead, index: int) -> None:
     cluster = header.cluster_size
     if not 1 <= entry.name_size <= _MAX_NAME:
         why = f"a name of {entry.name_size} bytes, not 1 to {_MAX_NAME}"
@@ -117,33 +113,33 @@ def _check(file: HostFile, header: Header, entry: Any, index: int) -> None:
         why = f"{entry.table_size * cluster} bytes of bits, more than {_MAX_BYTES}"
     elif entry.table_offset == 0 or entry.table_offset % cluster:
         why = f"a table at offset {entry.table_offset}, which is not cluster-aligned"
-    elif entry.flags.reserved:
-        why = f"reserved flags {entry.flags.reserved << 3:#x}"
-    elif not entry.flags.in_use and _covers(entry, cluster) < header.size:
+    elif entry.reserved:
+        why = f"reserved flags {entry.reserved:#x}"
+    elif not entry.in_use and _covers(entry, cluster) < header.size:
         why = f"bits for {_covers(entry, cluster)} bytes only, the disk has {header.size}"
     elif entry.type != _DIRTY_TRACKING:
         raise Unsupported(file.path, f"bitmap {index} has unknown type {entry.type}")
-    elif entry.extra_size and not entry.flags.extra_data_compatible:
+    elif entry.extra_size and not entry.extra_data_compatible:
         raise Unsupported(file.path, f"bitmap {index} has extra data that must not be ignored")
     else:
         return
     raise ImageError(file.path, f"bitmap {index} has {why}")
 
 
-def _covers(entry: Any, cluster: int) -> int:
+def _covers(entry: BitmapHead, cluster: int) -> int:
     """Guest bytes that the bits in the table's clusters stand for."""
     return int(entry.table_size * cluster * 8) << int(entry.granularity_bits)
 
 
-def _bitmap(entry: Any) -> Bitmap:
-    flags = (("in-use", entry.flags.in_use), ("auto", entry.flags.auto))
+def _bitmap(head: BitmapHead, rest: bytes) -> Bitmap:
+    flags = (("in-use", head.in_use), ("auto", head.auto))
     return Bitmap(
-        name=text_of(entry.name),
-        granularity=1 << entry.granularity_bits,
+        name=text_of(rest[head.extra_size : head.extra_size + head.name_size]),
+        granularity=1 << head.granularity_bits,
         flags=tuple(name for name, is_set in flags if is_set),
-        table_offset=entry.table_offset,
-        table_size=entry.table_size,
-        extra=entry.extra,
+        table_offset=head.table_offset,
+        table_size=head.table_size,
+        extra=rest[: head.extra_size],
     )
 
 

@@ -30,6 +30,7 @@ Refcounts = npt.NDArray[np.unsignedinteger]
 U64 = npt.NDArray[np.uint64]
 
 _OFFSET_MASK = np.uint64(0xFFFFFFFFFFFFFE00)
+_MOST_BAD = 1000
 
 
 class BadBlock(NamedTuple):
@@ -123,27 +124,40 @@ def refcount_blocks(
     A block cut off by the end of the file reads as zeroes there.
 
     Args:
-        bad: collects the blocks that cannot be read, and the walk goes on.
+        bad: collects the blocks that cannot be read (the first 1000 of a table of a million),
+            and the walk goes on.
 
     Raises:
         ImageError: as `read_refcount_table`; for the first bad block if `bad` is None.
     """
     table = read_refcount_table(file, header)
     per_block = _per_block(file, header)
-    seen: set[int] = set()
-    for index in np.flatnonzero(table).tolist():
-        offset = int(table[index])
-        why = _why_bad(offset, header.cluster_size, file.size)
-        # Else a small file could have one block read a million times.
-        why = why or ("is that of an earlier block" if offset in seen else None)
-        if why:
-            if bad is None:
-                raise ImageError(file.path, f"refcount block {index} at offset {offset} {why}")
-            bad.append(BadBlock(index, offset, why))
-            continue
-        seen.add(offset)
-        raw = file.pread(offset, header.cluster_size).ljust(header.cluster_size, b"\0")
+    fit = (table != 0) & (table % np.uint64(header.cluster_size) == 0)
+    fit &= table < np.uint64(file.size)
+    # Of equal ones the first, else a small file could have one block read a million times.
+    where = np.flatnonzero(fit)
+    where = where[np.sort(np.unique(table[where], return_index=True)[1])]
+    fit[:] = False
+    fit[where] = True
+    wrong = np.flatnonzero((table != 0) & ~fit)
+    first_bad = int(wrong[0]) if len(wrong) and bad is None else len(table)
+    if bad is not None:
+        bad += [_bad_block(file, header, table, index) for index in wrong[:_MOST_BAD].tolist()]
+    for index in where[where < first_bad].tolist():
+        raw = file.pread(int(table[index]), header.cluster_size)
+        raw = raw.ljust(header.cluster_size, b"\0")
         yield index * per_block, decode_refcounts(raw, header.refcount_order)
+    if first_bad < len(table):
+        found = _bad_block(file, header, table, first_bad)
+        raise ImageError(
+            file.path, f"refcount block {found.table_index} at offset {found.offset} {found.why}"
+        )
+
+
+def _bad_block(file: HostFile, header: Header, table: U64, index: int) -> BadBlock:
+    offset = int(table[index])
+    why = _why_bad(offset, header.cluster_size, file.size)
+    return BadBlock(index, offset, why or "is that of an earlier block")
 
 
 def _per_block(file: HostFile, header: Header) -> int:

@@ -7,19 +7,17 @@ Source: the qcow2 specification, "Snapshots"; limits of qemu's
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from qchain.errors import ImageError
 from qchain.hostfile import HostFile
 from qchain.qcow2.extensions import text_of
 from qchain.qcow2.header import Header
 from qchain.qcow2.header_limits import MAX_SNAPSHOTS
-from qchain.qcow2.structures import SNAPSHOT_ENTRY, SNAPSHOT_ENTRY_HEAD, SNAPSHOT_EXTRA
+from qchain.qcow2.heads import SNAPSHOT_HEAD, SnapshotHead, snapshot_extra
 from qchain.qcow2.windows import Window
 
 __all__ = ["Snapshot", "find_snapshot", "read_snapshots"]
 
-_HEAD = SNAPSHOT_ENTRY_HEAD.sizeof()
 _MAX_TABLE = 64 << 20
 _MAX_EXTRA = 1024
 _MAX_L1 = 32 << 20
@@ -64,46 +62,43 @@ def read_snapshots(file: HostFile, header: Header) -> list[Snapshot]:
     window = Window(file, start)
     result = []
     for index in range(header.nb_snapshots):
-        head_bytes = window.get(position, _HEAD)
-        if len(head_bytes) < _HEAD:
+        head_bytes = window.get(position, SNAPSHOT_HEAD)
+        if len(head_bytes) < SNAPSHOT_HEAD:
             raise ImageError(file.path, f"snapshot table entry {index} lies beyond the file")
-        head = SNAPSHOT_ENTRY_HEAD.parse(head_bytes)
+        head = SnapshotHead.parse(head_bytes)
         if head.extra_size > _MAX_EXTRA:
             raise ImageError(
                 file.path,
                 f"snapshot table entry {index} has {head.extra_size} bytes of extra data, "
                 f"more than {_MAX_EXTRA}",
             )
-        length = _HEAD + head.extra_size + head.id_size + head.name_size
+        length = SNAPSHOT_HEAD + head.extra_size + head.id_size + head.name_size
         raw = window.get(position, length)
         if len(raw) < length:
             raise ImageError(file.path, f"snapshot table entry {index} ends beyond the file")
         position += -(-length // 8) * 8
         if position - start > _MAX_TABLE:
             raise ImageError(file.path, f"snapshot table is larger than {_MAX_TABLE} bytes")
-        # The padding of the very last entry need not be in the file.
-        result.append(
-            _snapshot(SNAPSHOT_ENTRY.parse(raw.ljust(-(-length // 8) * 8, b"\0")), header)
-        )
+        result.append(_snapshot(head, raw[SNAPSHOT_HEAD:], header))
     return result
 
 
-def _snapshot(entry: Any, header: Header) -> Snapshot:
+def _snapshot(head: SnapshotHead, rest: bytes, header: Header) -> Snapshot:
     """Extra fields count only if the entry's extra data reaches their end."""
-    size = entry.extra_size
-    extra = SNAPSHOT_EXTRA.parse(entry.extra[:24].ljust(24, b"\0"))
-    icount = extra.icount if size >= 24 and extra.icount != _NO_ICOUNT else None
+    size = head.extra_size
+    vm_state_size, disk_size, icount = snapshot_extra(rest[:size])
+    name_start = size + head.id_size
     return Snapshot(
-        id=text_of(entry.id),
-        name=text_of(entry.name),
-        date_sec=entry.date_sec,
-        date_nsec=entry.date_nsec,
-        vm_clock_nsec=entry.vm_clock_nsec,
-        vm_state_size=extra.vm_state_size if size >= 8 else entry.vm_state_size,
-        disk_size=extra.disk_size if size >= 16 else header.size,
-        icount=icount,
-        l1_table_offset=entry.l1_table_offset,
-        l1_size=entry.l1_size,
+        id=text_of(rest[size:name_start]),
+        name=text_of(rest[name_start : name_start + head.name_size]),
+        date_sec=head.date_sec,
+        date_nsec=head.date_nsec,
+        vm_clock_nsec=head.vm_clock_nsec,
+        vm_state_size=vm_state_size if size >= 8 else head.vm_state_size,
+        disk_size=disk_size if size >= 16 else header.size,
+        icount=icount if size >= 24 and icount != _NO_ICOUNT else None,
+        l1_table_offset=head.l1_table_offset,
+        l1_size=head.l1_size,
     )
 
 

@@ -65,6 +65,15 @@ class MapTables:
             raise ImageError(file.path, f"L1 table at offset {l1_offset} ends beyond the file")
         self.l1: U64 = np.frombuffer(raw, ">u8").astype(np.uint64) & np.uint64(OFFSET_MASK)
         self._check_offsets()
+        self._used = np.flatnonzero(self.l1)
+        room = -(-file.size // header.cluster_size)
+        if len(self._used) > room:
+            # Each table takes a cluster. Without this rule a small file could describe a disk
+            # of petabytes with one table, over and over.
+            raise ImageError(
+                file.path,
+                f"{len(self._used)} L1 entries point to L2 tables, the file has room for {room}",
+            )
 
     def _check_offsets(self) -> None:
         bad = (self.l1 & np.uint64((1 << self.cluster_bits) - 1)) != 0
@@ -75,6 +84,13 @@ class MapTables:
                 self.file.path,
                 f"L1 entry {index} points to {int(self.l1[index])}, where no L2 table can be",
             )
+
+    def next_table(self, first: int) -> int:
+        """The first cluster, from `first` on, that an L2 table covers; past the end if none."""
+        at = int(np.searchsorted(self._used, first // self.per_table))
+        if at == len(self._used):
+            return self.clusters
+        return max(first, int(self._used[at]) * self.per_table)
 
     def any_table(self, first: int, last: int) -> bool:
         """Whether any of the clusters first..last-1 has an L2 table."""

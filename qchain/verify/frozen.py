@@ -94,6 +94,12 @@ class RescuedLayer:
     def read_data(self, view: memoryview, offset: int) -> None:
         self.file.pread_into(view, offset)
 
+    def next_used(self, start: int) -> int:
+        at = int(np.searchsorted(self.clusters, start // self.granularity))
+        if at == len(self.clusters):
+            return self.size
+        return max(start, int(self.clusters[at]) * self.granularity)
+
     def cells(self, start: int, end: int) -> Cells | None:
         unit = self.granularity
         first, last = start // unit, -(-min(end, self.size) // unit)

@@ -92,7 +92,7 @@ def pair_up(a: Sequence[Layer], b: Sequence[Layer]) -> Iterator[Pairs]:
     longer = a if a[0].size >= b[0].size else b
     finest = min((*a, *b), key=lambda layer: layer.granularity)
     # Windows of the finer side bound the memory of both.
-    for start, end in windows([longer[0], finest], 0, longer[0].size, _CELLS):
+    for start, end in windows([longer[0], finest, *a, *b], 0, longer[0].size, _CELLS):
         left, right = _side(a, start, end), _side(b, start, end)
         starts = np.union1d(left.start, right.start)
         left, right = _split(left, starts, end), _split(right, starts, end)

@@ -10,12 +10,12 @@ from qchain.hostfile import HostFile
 from qchain.qcow2.check.findings import Collector
 from qchain.qcow2.header import Header
 from qchain.qcow2.header_limits import MAX_L1_BYTES, MAX_SNAPSHOTS
-from qchain.qcow2.structures import SNAPSHOT_ENTRY_HEAD
+from qchain.qcow2.heads import SNAPSHOT_HEAD, SnapshotHead
 from qchain.qcow2.windows import Window
 
 __all__ = ["snapshot_l1_tables"]
 
-_HEAD = SNAPSHOT_ENTRY_HEAD.sizeof()
+_HEAD = SNAPSHOT_HEAD
 _MAX_TABLE = 64 << 20
 _MAX_EXTRA = 1024
 _V3_EXTRA = 16
@@ -48,7 +48,7 @@ def snapshot_l1_tables(
                 found.add("snapshot-incomplete", position, left * _HEAD, count=left)
             position += left * _HEAD
             break
-        head = SNAPSHOT_ENTRY_HEAD.parse(window.get(position, _HEAD).ljust(_HEAD, b"\0"))
+        head = SnapshotHead.parse(window.get(position, _HEAD).ljust(_HEAD, b"\0"))
         if head.extra_size > _MAX_EXTRA:
             why = f"entry {index} has {head.extra_size} bytes of extra data"
             found.add("snapshot-table", position, _HEAD, why)
