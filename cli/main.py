@@ -32,7 +32,7 @@ _parsing = importlib.import_module(typer.BadParameter.__module__)
 _CLOSED = 141
 """As a shell reports a process that SIGPIPE ended."""
 
-_LATER = ("apply", "commit", "pull", "copy", "rebase", "snapshot", "domain", "fleet", "lab")
+_LATER = ("apply", "copy", "rebase", "snapshot", "domain", "fleet", "lab")
 
 _COMMANDS = {
     "info": "info",
@@ -50,6 +50,8 @@ _COMMANDS = {
     "report": "report",
     "plan": "plan",
     "merge": "merge",
+    "commit": "blocks.commit",
+    "pull": "blocks.pull",
     "recover": "recover",
 }
 """The commands, in the order of the help, and the function that each is: the module, and its

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,14 +14,16 @@ import typer
 
 from qchain.errors import Refused, UsageError
 
-from .options import Common, Merging, command
+from .options import Carrying, Common, Merging, command
 from .output import OutputClosed, save_json, write, write_json
 
 if TYPE_CHECKING:
     from qchain.plan.plan import Plan
     from qchain.run.execute import MergeResult
 
-__all__ = ["ending_in_order", "merge"]
+    from .planning import Wanted
+
+__all__ = ["carry_out", "ending_in_order", "merge"]
 
 
 @command
@@ -32,6 +34,18 @@ def merge(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Merge: drop points of a chain; every kept one reads as before, and that is verified."""
+    from .planning import asked
+
+    carry_out(active, merging, common, yes, asked(merging))
+
+
+def carry_out(
+    active: Sequence[Path], merging: Carrying, common: Common, yes: bool, wanted: Wanted
+) -> None:
+    """Plan what is `wanted` of the chain, show it, ask, do it, tell the outcome.
+
+    Raises: whatever planning and merging raise.
+    """
     from qchain.run.execute import execute
 
     from .planning import opened_and_planned, program, refuse, show_plan, write_commands
@@ -39,7 +53,7 @@ def merge(
     terminal = sys.stdin is not None and sys.stdin.isatty()
     if not (yes or terminal or merging.dry_run):
         raise UsageError("merge", "there is no terminal to ask on", "add --yes to merge unasked")
-    with opened_and_planned(active, merging, common) as (chain, plan):
+    with opened_and_planned(active, merging, common, wanted) as (chain, plan):
         document = plan.as_json(program())
         if merging.output is not None:
             save_json(document, merging.output)

@@ -162,47 +162,18 @@ class Point(Common):
 
 
 @dataclass(frozen=True)
-class Merging:
-    """The options of plan and merge."""
+class Carrying:
+    """The options of every command that merges: how it is done."""
 
-    drop: Annotated[
-        list[str] | None,
-        typer.Option("--drop", metavar="NAME", help="Drop this point (repeatable)."),
-    ] = None
-    keep: Annotated[
-        list[str] | None,
-        typer.Option("--keep", metavar="NAME", help="Drop all but these and the active one."),
-    ] = None
-    flatten: Annotated[bool, typer.Option("--flatten", help="Drop all below.")] = False
-    collapse: Annotated[
-        bool, typer.Option("--collapse", help="Drop all but the base and the active one.")
-    ] = False
-    strategy: Annotated[
-        str,
-        typer.Option("--strategy", metavar="HOW", help="auto, pull, commit, both or copy."),
-    ] = "auto"
     engine: Annotated[
         str, typer.Option("--engine", metavar="WHO", help="auto, qemu-img or native.")
     ] = "auto"
-    names: Annotated[
-        str,
-        typer.Option(
-            "--names", metavar="POLICY", help="The name of the result: kept, lowest, target."
-        ),
-    ] = "kept"
     scan: Annotated[
         list[Path] | None,
         typer.Option("--scan", metavar="DIR", help="Look here for other overlays (repeatable)."),
     ] = None
-    prefer: Annotated[
-        str, typer.Option("--prefer", metavar="WHAT", help="time, writes or space.")
-    ] = "time"
     exact: Annotated[bool, typer.Option("--exact", help="Compare contents while planning.")] = False
     keep_files: Annotated[bool, typer.Option("--keep-files", help="Delete nothing.")] = False
-    allow_format_change: Annotated[
-        bool,
-        typer.Option("--allow-format-change", help="The kept name may become a raw image."),
-    ] = False
     verify: Annotated[
         str, typer.Option("--verify", metavar="MODE", help="moved, full, manifest or none.")
     ] = "moved"
@@ -243,7 +214,42 @@ class Merging:
                 raise Refused(option, why, todo)
 
 
-_GROUPS = (Common, Point, Merging)
+@dataclass(frozen=True)
+class Merging(Carrying):
+    """The options of plan and merge: what goes, and how."""
+
+    drop: Annotated[
+        list[str] | None,
+        typer.Option("--drop", metavar="NAME", help="Drop this point (repeatable)."),
+    ] = None
+    keep: Annotated[
+        list[str] | None,
+        typer.Option("--keep", metavar="NAME", help="Drop all but these and the active one."),
+    ] = None
+    flatten: Annotated[bool, typer.Option("--flatten", help="Drop all below.")] = False
+    collapse: Annotated[
+        bool, typer.Option("--collapse", help="Drop all but the base and the active one.")
+    ] = False
+    strategy: Annotated[
+        str,
+        typer.Option("--strategy", metavar="HOW", help="auto, pull, commit, both or copy."),
+    ] = "auto"
+    names: Annotated[
+        str,
+        typer.Option(
+            "--names", metavar="POLICY", help="The name of the result: kept, lowest, target."
+        ),
+    ] = "kept"
+    prefer: Annotated[
+        str, typer.Option("--prefer", metavar="WHAT", help="time, writes or space.")
+    ] = "time"
+    allow_format_change: Annotated[
+        bool,
+        typer.Option("--allow-format-change", help="The kept name may become a raw image."),
+    ] = False
+
+
+_GROUPS = (Common, Point, Carrying, Merging)
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:

@@ -20,9 +20,9 @@ def plan(
     common: Common,
 ) -> None:
     """Plan a merge and say why; nothing is changed."""
-    from .planning import opened_and_planned, program, refuse, show_plan, write_commands
+    from .planning import asked, opened_and_planned, program, refuse, show_plan, write_commands
 
-    with opened_and_planned(active, merging, common) as (_, made):
+    with opened_and_planned(active, merging, common, asked(merging)) as (_, made):
         if merging.output is not None:
             save_json(made.as_json(program()), merging.output)
         if common.json:

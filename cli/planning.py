@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import typer
 
 from qchain.errors import ExitCode, Refused, UsageError, printable
 
-from .options import LATER, Common, Merging
+from .options import LATER, Carrying, Common, Merging
 from .output import console, note, shell_word, write
 from .tables import count_text
 
@@ -20,31 +20,35 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from qchain.chain.chain import Chain
+    from qchain.plan.options import MergeOptions
     from qchain.plan.plan import GroupPlan, Plan
+    from qchain.plan.selection import Request
     from qchain.plan.steps import Step
 
-__all__ = ["opened_and_planned", "program", "refuse", "show_plan", "write_commands"]
+__all__ = [
+    "Wanted",
+    "asked",
+    "opened_and_planned",
+    "options_of",
+    "program",
+    "refuse",
+    "show_plan",
+    "write_commands",
+]
+
+Wanted: TypeAlias = "Callable[[Chain], tuple[Request, MergeOptions]]"
+"""What is to be done to a chain, known once it is open."""
 
 _SHOWN = 5  # images of a group that are named in a drawing
 
 
-@contextmanager
-def opened_and_planned(
-    active: Sequence[Path], merging: Merging, common: Common
-) -> Iterator[tuple[Chain, Plan]]:
-    """Open the chain and plan the merge of it; the chain is closed on leaving.
+def asked(merging: Merging) -> Wanted:
+    """What the options of plan and merge ask for, whatever the chain.
 
-    Raises: `Refused` (several active images, in use, a backing format that is not
-        recorded, options of reading), `UsageError`, other `ImageError`s.
+    Raises: `UsageError`, `Refused` for what this version lacks.
     """
-    from qchain.chain.chain import FormatNotRecorded
-    from qchain.plan.options import MergeOptions
-    from qchain.plan.plan import make_plan
     from qchain.plan.selection import Request
 
-    from .opening import open_for
-
-    merging.refuse(common)
     request = Request(
         drop=tuple(merging.drop or ()),
         keep=tuple(merging.keep or ()),
@@ -54,18 +58,52 @@ def opened_and_planned(
     if sum((bool(request.drop), bool(request.keep), request.flatten, request.collapse)) != 1:
         why = "exactly one of --drop, --keep, --flatten, --collapse is needed"
         raise UsageError("which points", why, "say what is to be dropped or kept")
-    options = MergeOptions(
+    options = options_of(
+        merging,
         strategy=merging.strategy,
-        engine=merging.engine,
         names=merging.names,
         prefer=merging.prefer,
-        verify=merging.verify,
-        scan=tuple(merging.scan or ()),
-        exact=merging.exact,
-        keep_files=merging.keep_files,
         allow_format_change=merging.allow_format_change,
     )
-    for directory in options.scan:
+    return lambda _: (request, options)
+
+
+def options_of(carrying: Carrying, **more: Any) -> MergeOptions:
+    """The options that all merging commands have, and `more` of `MergeOptions`.
+
+    Raises: as `MergeOptions`.
+    """
+    from qchain.plan.options import MergeOptions
+
+    return MergeOptions(
+        engine=carrying.engine,
+        verify=carrying.verify,
+        scan=tuple(carrying.scan or ()),
+        exact=carrying.exact,
+        keep_files=carrying.keep_files,
+        **more,
+    )
+
+
+@contextmanager
+def opened_and_planned(
+    active: Sequence[Path],
+    carrying: Carrying,
+    common: Common,
+    wanted: Wanted,
+) -> Iterator[tuple[Chain, Plan]]:
+    """Open the chain and plan the merge that is `wanted` of it; closed on leaving.
+
+    Raises: `Refused` (several active images, in use, a backing format that is not
+        recorded, options of reading), `UsageError`, other `ImageError`s.
+    """
+    from qchain.chain.chain import FormatNotRecorded
+    from qchain.plan.plan import make_plan
+
+    from .opening import open_for
+
+    carrying.refuse(common)
+    for directory in carrying.scan or ():
         if not directory.is_dir():
             raise UsageError(directory, "is no directory", "give --scan a directory")
     if len(active) > 1:
@@ -75,6 +113,7 @@ def opened_and_planned(
     except FormatNotRecorded as error:
         raise Refused(error.what, error.why, error.todo) from None
     with chain:
+        request, options = wanted(chain)
         with common.reporter() as reporter:
             reporter.step("planning", chain.size)
             plan = make_plan(chain, request, options, progress=reporter.advance)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from qchain.chain.layer import Layer
 from qchain.errors import UsageError
 
-__all__ = ["Group", "Request", "groups_of", "select"]
+__all__ = ["Group", "Request", "find_layer", "groups_of", "select"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Group:
         return self.members[1:]
 
 
-def _find(name: str, layers: Sequence[Layer]) -> int:
+def find_layer(name: str, layers: Sequence[Layer]) -> int:
     """The layer that `name` means. Raises `UsageError` when none or several do."""
     by_path = [
         index
@@ -81,10 +81,10 @@ def select(request: Request, layers: Sequence[Layer]) -> frozenset[int]:
     elif request.collapse:
         dropped = frozenset(range(1, last))
     elif request.keep:
-        kept = {_find(name, layers) for name in request.keep}
+        kept = {find_layer(name, layers) for name in request.keep}
         dropped = frozenset(range(1, last + 1)) - kept
     else:
-        dropped = frozenset(_find(name, layers) for name in request.drop)
+        dropped = frozenset(find_layer(name, layers) for name in request.drop)
     if 0 in dropped:
         raise UsageError(
             layers[0].path,
