@@ -97,8 +97,10 @@ def even_chains(draw: st.DrawFn) -> list[LayerSpec]:
         spec = replace(
             draw(layer_specs(below, cluster_size=cluster)), extended_l2=False, preallocation=None
         )
-        if below is not None and spec.size is not None:
-            spec = replace(spec, size=max(spec.size, below))
+        if below is not None and spec.size is not None and spec.size < below:
+            # A compressed run may end with the disk only.
+            loud = tuple(tuple(Run(r.length, r.kind.upper()) for r in one) for one in spec.passes)
+            spec = replace(spec, size=below, passes=loud)
         specs.append(spec)
         below = resolve_size(spec, below)
     return specs

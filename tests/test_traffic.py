@@ -187,6 +187,11 @@ EXAMPLES = {
     "data beside zero in a piece": ["[size=256k]", "[cluster=4k] 8k:A", "[cluster=4k] 8k:- 4k:0"],
     "short kept": ["1M:A", "300k:B", "[size=70k] 1k:C"],
     "short between": ["[size=1M] 900k:A", "[size=64k] 1k:B", "[size=1M] 32k:- 1k:C"],
+    "kept image ends windows before the others": [
+        "[cluster=4k size=20M] 9M:A",
+        "[size=3M] 1M:- 64k:B",
+        "[size=1M] 9k:- 9k:0",
+    ],
     "short base, longer above": ["[cluster=4k] 9k:A", "[size=1M] 512k:- 64k:B", "[size=2M] 9k:C"],
     "extended": [
         "[ext] 2k:A 300k:-",

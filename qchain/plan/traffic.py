@@ -21,7 +21,7 @@ from qchain.chain.layer import Layer, Masks, Qcow2Layer
 from qchain.chain.ownership import unify
 from qchain.chain.parallel import thread_pool
 from qchain.chain.resolve import mask_windows
-from qchain.plan.zeroes import copied_pieces
+from qchain.plan.zeroes import View, view_of
 from qchain.qcow2.header_limits import MAX_L1_BYTES
 
 __all__ = ["Traffic", "commit_granularity", "count_traffic"]
@@ -101,7 +101,8 @@ class _Window:
     def __init__(
         self, layers: Sequence[Layer], under: Sequence[Layer], start: int, end: int
     ) -> None:
-        self.layers, self.under, self.start = layers, under, start
+        self.layers, self.under, self.start, self.end = layers, under, start, end
+        self.view: View | None = None
         found: list[Masks | None] = []
         for layer in layers:
             limit = min(layer.size, end)
@@ -169,9 +170,9 @@ class _Window:
         if above.mask is not None:
             unit = commit_granularity(layer)
             dirty = copied = _round_out(above.mask, self.unit, unit)
+            out.commit_bytes = int(np.count_nonzero(dirty)) * self.unit
             if above.zero is not None:
-                copied = self._copied(layer, dirty, unit)
-            out.commit_bytes = int(np.count_nonzero(copied)) * self.unit
+                copied, out.commit_bytes = self._copied(layer, dirty, unit)
             out.commit_zero_bytes = int(np.count_nonzero(dirty)) * self.unit - out.commit_bytes
             out.extents += _runs(dirty)
         if dirty is not None:
@@ -189,23 +190,12 @@ class _Window:
             tables.touch(touched, self.unit, self.start)
         return out
 
-    def _copied(self, target: Layer, dirty: Bools, piece: int) -> Bools:
+    def _copied(self, target: Layer, dirty: Bools, piece: int) -> tuple[Bools, int]:
         """What a commit into `target` copies of what is dirty; the rest is written as zeroes."""
+        if self.view is None:
+            self.view = view_of([*self.layers, *self.under], self.start, self.end)
         cluster = piece if target.header is None else target.header.cluster_size
-        each = max(self.unit, piece) // self.unit
-        if self.unit > piece:
-            # The layers of the group change more rarely than the pieces: look at them all.
-            dirty = np.repeat(dirty, self.unit // piece)
-        pieces = copied_pieces(
-            [*self.layers, *self.under],
-            self.start,
-            _any_of(dirty, self.unit, piece),
-            piece,
-            cluster,
-        )
-        if self.unit > piece:
-            return _any_of(pieces, piece, self.unit)
-        return np.repeat(pieces, each)[: len(dirty)]
+        return self.view.copied(dirty, self.unit, piece, cluster)
 
     def _pull(self, target: int, there: Bools | None, below: _Shown, out: Traffic) -> Bools | None:
         """What the pull into `target` moves; it allocates `there` by then."""
@@ -352,13 +342,13 @@ def count_traffic(
     longest = max(layers, key=lambda layer: layer.size)
     size = longest.size
     finest = min(layers, key=lambda layer: layer.granularity)
-    spans = list(mask_windows([longest, finest, *layers], 0, size))
+    spans = list(mask_windows([longest, finest, *layers, *under], 0, size))
     totals = [Traffic() for _ in targets]
     tables = [_Tables(layers[target], layers[0].size) for target in targets]
 
     def one(span: tuple[int, int]) -> list[Traffic] | None:
         window = _Window(layers, under, *span)
-        if window.empty and under:
+        if not window.count or (window.empty and under):
             return None
         return window.traffic(targets, tables)
 

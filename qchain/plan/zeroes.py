@@ -1,4 +1,4 @@
-"""Which pieces a commit writes as zeroes, and which as data although they are zero.
+"""What a commit writes as zeroes, and what as data although it is zero.
 
 qemu's mirror asks the block status at the start of each dirty piece. It writes zeroes only
 where one extent without data covers whole pieces and whole clusters of the target
@@ -12,6 +12,7 @@ written  zeroes  copied  copied  copied    (3: the disk ends within it)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -20,28 +21,80 @@ from qchain.chain.layer import Layer
 from qchain.chain.resolve import resolve
 from qchain.qcow2.entries import NO_HOST, Kind
 
-__all__ = ["copied_pieces"]
+__all__ = ["View", "view_of"]
 
 Bools = npt.NDArray[np.bool_]
 
 
-def copied_pieces(
-    chain: Sequence[Layer], start: int, dirty: Bools, piece: int, cluster: int
-) -> Bools:
-    """Which dirty pieces are copied as data.
+@dataclass(frozen=True, slots=True)
+class View:
+    """The block status of a window of the disk, in cells of `unit` bytes from guest byte `start`.
 
-    Args:
-        chain: the committed point, active first, down to the base.
-        start: guest offset of the first piece, aligned as a window.
-        dirty: shape (n,), one per piece; the last may be cut by the end of the disk.
-        piece: bytes of a piece, the commit's granularity.
-        cluster: cluster size of the target (of a raw one: `piece`).
+    `zero`, shape (n,): no data; `extent`, shape (n,): the number of the extent that a cell is in.
+    """
 
-    Returns: shape (n,).
+    start: int
+    size: int
+    unit: int
+    zero: Bools
+    extent: npt.NDArray[np.int64]
+
+    def copied(self, dirty: Bools, unit: int, piece: int, cluster: int) -> tuple[Bools, int]:
+        """What of the dirty pieces is copied as data.
+
+        Args:
+            dirty: shape (m,), cells of `unit` bytes, whole pieces.
+            piece: bytes of a piece, the commit's granularity.
+            cluster: cluster size of the target (of a raw one: `piece`).
+
+        Returns: the cells in which anything is copied, shape (m,); how many bytes are.
+        """
+        # Many pieces at once where neither the group nor the view has smaller cells.
+        step = max(piece, min(unit, self.unit & -self.unit))
+        each = max(1, unit // step)
+        # Whole pieces are dirty: their first cells tell.
+        wanted: Bools = dirty[:: step // unit] if unit < step else np.repeat(dirty, each)
+        zeroed = self._zeroed(wanted, step, cluster)
+        left = wanted & ~zeroed
+        count = int(np.count_nonzero(left))
+        beyond = self.start + len(wanted) * step - self.size
+        amount = count * step - (beyond if beyond > 0 and count and left[-1] else 0)
+        if unit < step:
+            return np.repeat(left, step // unit)[: len(dirty)], amount
+        out: Bools = np.any(left.reshape(-1, each), axis=1)
+        return out, amount
+
+    def _zeroed(self, wanted: Bools, step: int, cluster: int) -> Bools:
+        """Which of `wanted`, steps of `step` bytes, are written as zeroes."""
+        offsets = np.arange(len(wanted), dtype=np.int64) * step
+        # The cells in which a step begins and ends; one that the disk cuts has no end.
+        whole = offsets <= self.size - self.start - step
+        first = np.minimum(offsets // self.unit, len(self.extent) - 1)
+        last = np.minimum((offsets + (step - 1)) // self.unit, len(self.extent) - 1)
+        zeroed: Bools = (
+            wanted & whole & self.zero[first] & (self.extent[first] == self.extent[last])
+        )
+        if cluster > step and zeroed.any():
+            # One request per extent: as a whole it covers whole clusters, or it is copied.
+            joins = zeroed[1:] & zeroed[:-1] & (self.extent[first[1:]] == self.extent[last[:-1]])
+            starts = np.flatnonzero(zeroed & ~np.concatenate(([False], joins)))
+            ends = np.flatnonzero(zeroed & ~np.concatenate((joins, [False]))) + 1
+            # A window starts at a multiple of every cluster size.
+            aligned = (starts * step % cluster == 0) & (ends * step % cluster == 0)
+            steps = np.zeros(len(wanted) + 1, np.int64)
+            np.add.at(steps, starts[aligned], 1)
+            np.add.at(steps, ends[aligned], -1)
+            zeroed = np.asarray(np.cumsum(steps[:-1]) > 0)
+        return zeroed
+
+
+def view_of(chain: Sequence[Layer], start: int, end: int) -> View:
+    """The view of [start, end) of `chain`, the committed point (active first, down to the base).
+
+    `start`: aligned as a window of all layers of `chain` is.
     """
     size = chain[0].size
-    end = min(start + len(dirty) * piece, size)
-    depth, cells = resolve(chain, start, end)
+    depth, cells = resolve(chain, start, min(end, size))
     zero = (cells.kind != Kind.DATA) & (cells.kind != Kind.COMPRESSED)
     zero &= cells.kind != Kind.INVALID
     follows = np.where(
@@ -49,24 +102,5 @@ def copied_pieces(
     )
     breaks = (depth[1:] != depth[:-1]) | (cells.kind[1:] != cells.kind[:-1])
     breaks |= cells.host[1:] != follows
-    extent = np.concatenate(([0], np.cumsum(breaks)))
-
-    # The cells in which a piece begins and ends; one that the disk cuts has no end.
-    offsets = np.arange(len(dirty), dtype=np.int64) * piece
-    whole = start + offsets + piece <= size
-    first = np.minimum(offsets // cells.unit, len(extent) - 1)
-    last = np.minimum((offsets + piece - 1) // cells.unit, len(extent) - 1)
-    zeroed: Bools = dirty & whole & zero[first] & (extent[first] == extent[last])
-    if cluster > piece and zeroed.any():
-        # One request per extent: as a whole it covers whole clusters, or it is copied.
-        joins = zeroed[1:] & zeroed[:-1] & (extent[first[1:]] == extent[last[:-1]])
-        starts = np.flatnonzero(zeroed & ~np.concatenate(([False], joins)))
-        ends = np.flatnonzero(zeroed & ~np.concatenate((joins, [False]))) + 1
-        aligned = ((start + starts * piece) % cluster == 0) & (
-            (start + ends * piece) % cluster == 0
-        )
-        steps = np.zeros(len(dirty) + 1, np.int64)
-        np.add.at(steps, starts[aligned], 1)
-        np.add.at(steps, ends[aligned], -1)
-        zeroed = np.cumsum(steps[:-1]) > 0
-    return dirty & ~zeroed
+    extent = np.concatenate((np.zeros(1, np.int64), np.cumsum(breaks, dtype=np.int64)))
+    return View(start, size, cells.unit, zero, extent)
