@@ -10,6 +10,7 @@ from pathlib import Path
 from qchain.chain.layer import Layer
 from qchain.chain.names import resolve_backing
 from qchain.chain.scan import identity, overlays_in, unfinished
+from qchain.hostfile import mount_id
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
 
@@ -24,6 +25,8 @@ def file_refusals(layers: Sequence[Layer], group: Group) -> list[str]:
         path, header = layer.path, layer.header
         if path.is_symlink():
             out.append(f"{path}: is a symbolic link; name {os.path.realpath(path)} itself")
+        elif mount_id(path) != mount_id(path.parent):
+            out.append(f"{path}: is a mount point, and cannot be renamed; merge it where it lies")
         status = os.fstat(layer.file.fd)
         if status.st_nlink > 1 and not layer.file.is_block_device:
             out.append(
