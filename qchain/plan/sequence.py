@@ -39,10 +39,11 @@ from qchain.plan.steps import (
     Unlink,
 )
 
-__all__ = ["SAVED_SUFFIX", "Above", "sequence"]
+__all__ = ["SAVED_SUFFIX", "Above", "saved_name", "sequence"]
 
 SAVED_SUFFIX = ".qchain-old"
-"""What --keep-files appends to the name of a file that another one replaces."""
+"""What --keep-files appends to the name of a file that another one replaces; where that
+name is taken, a number follows."""
 
 
 @dataclass
@@ -207,6 +208,9 @@ class _Builder:
         else:
             final = self.t_path
         name_here, way = self.backing_name(directory), self.way(final)
+        if self.options.keep_files and final != self.t_path:
+            # Before any header changes: that it cannot be made must stop nothing halfway.
+            self.add(HardLink(final, saved_name(final)))
         if self.pulls or way != name_here:
             # Every cluster is durable: the header alone changes, j reads the same.
             self.point_to(self.t_path, way)
@@ -215,8 +219,6 @@ class _Builder:
             self.add(Unlink(directory / self.alias))
         if final != self.t_path:
             self.add(TakeAttributes(final, self.t_path), Sync(self.t_path))
-            if self.options.keep_files:
-                self.add(HardLink(final, final.with_name(final.name + SAVED_SUFFIX)))
             if self.options.names == "kept":
                 # One rename is the switch: before it j is the old file, after it the new.
                 self.add(Rename(self.t_path, final), Sync(final.parent))
@@ -257,6 +259,17 @@ class _Builder:
 def _absolute(path: Path) -> Path:
     """Absolute, without following links: the name is what other files refer to."""
     return Path(os.path.normpath(path.absolute())) if ".." not in path.parts else path.absolute()
+
+
+def saved_name(path: Path) -> Path:
+    """Where --keep-files saves the file that loses the name `path`: a name that is free."""
+    number = 1
+    while True:
+        suffix = SAVED_SUFFIX if number == 1 else f"{SAVED_SUFFIX}.{number}"
+        saved = path.with_name(path.name + suffix)
+        if not os.path.lexists(saved):
+            return saved
+        number += 1
 
 
 def _relative(path: Path, directory: Path) -> str:

@@ -105,7 +105,7 @@ class GroupRun:
             case HardLink(existing, link):
                 if not (link.exists() and link.samefile(existing)):
                     os.link(existing, link, follow_symlinks=False)
-                self._note(link)
+                self.made.append(link)
             case SymbolicLink(target, link):
                 if not (link.is_symlink() and link.readlink() == target):
                     link.symlink_to(target)
@@ -275,7 +275,11 @@ class GroupRun:
                 self.made += [into, into.with_name("rescued")]
                 if done and into.exists() and self.layers:
                     self._look_back(into)
-            case HardLink(_, link) | SymbolicLink(_, link):
+            case HardLink(existing, link):
+                # Not reached, the name may be somebody else's.
+                if done or (link.exists() and existing.exists() and link.samefile(existing)):
+                    self.made.append(link)
+            case SymbolicLink(_, link):
                 self._note(link)
             case Command(argv) if argv[0] == "create":
                 self.made.append(_created(step))
