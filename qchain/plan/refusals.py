@@ -14,7 +14,13 @@ from qchain.hostfile import mount_id
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
 
-__all__ = ["file_refusals", "overlay_refusals", "space_refusals", "unfinished_refusals"]
+__all__ = [
+    "above_refusals",
+    "file_refusals",
+    "overlay_refusals",
+    "space_refusals",
+    "unfinished_refusals",
+]
 
 
 def file_refusals(layers: Sequence[Layer], group: Group) -> list[str]:
@@ -23,30 +29,9 @@ def file_refusals(layers: Sequence[Layer], group: Group) -> list[str]:
     for index in group.members:
         layer = layers[index]
         path, header = layer.path, layer.header
-        if path.is_symlink():
-            out.append(f"{path}: is a symbolic link; name {os.path.realpath(path)} itself")
-        elif mount_id(path) != mount_id(path.parent):
-            out.append(f"{path}: is a mount point, and cannot be renamed; merge it where it lies")
-        status = os.fstat(layer.file.fd)
-        if status.st_nlink > 1 and not layer.file.is_block_device:
-            out.append(
-                f"{path}: the file has {status.st_nlink} names (hard links), and a merge would "
-                "change or part them; remove the others first"
-            )
-        if not os.access(path, os.W_OK) or not os.access(path.parent, os.W_OK):
-            out.append(f"{path}: the file or its directory cannot be written to; run as its owner")
-        if layer.file.is_block_device:
-            out.append(f"{path}: merging block devices comes with a later version")
+        out += _unfit(layer)
         if header is None:
             continue
-        if header.corrupt:
-            out.append(f"{path}: is marked corrupt; see 'qemu-img check'")
-        if header.dirty:
-            out.append(f"{path}: was not closed properly; 'qemu-img check -r all' first")
-        if header.encryption:
-            out.append(f"{path}: is encrypted ({header.encryption}); merging it is not supported")
-        if header.has_data_file:
-            out.append(f"{path}: has an external data file; merging it is not supported")
         if header.nb_snapshots:
             out.append(
                 f"{path}: holds {header.nb_snapshots} internal snapshot(s), which the merge would "
@@ -67,6 +52,49 @@ def file_refusals(layers: Sequence[Layer], group: Group) -> list[str]:
     if group.below is not None and lowest.backing is not None and lowest.backing.format is None:
         out.append(f"{lowest.path}: the format of its backing file is not recorded; record it")
     return out
+
+
+def _unfit(layer: Layer) -> list[str]:
+    """What forbids to write to a file at all, if only to its header."""
+    out: list[str] = []
+    path, header = layer.path, layer.header
+    if path.is_symlink():
+        out.append(f"{path}: is a symbolic link; name {os.path.realpath(path)} itself")
+    elif mount_id(path) != mount_id(path.parent):
+        out.append(f"{path}: is a mount point, and cannot be renamed; merge it where it lies")
+    status = os.fstat(layer.file.fd)
+    if status.st_nlink > 1 and not layer.file.is_block_device:
+        out.append(
+            f"{path}: the file has {status.st_nlink} names (hard links), and a merge would "
+            "change or part them; remove the others first"
+        )
+    if not os.access(path, os.W_OK) or not os.access(path.parent, os.W_OK):
+        out.append(f"{path}: the file or its directory cannot be written to; run as its owner")
+    if layer.file.is_block_device:
+        out.append(f"{path}: merging block devices comes with a later version")
+    if header is None:
+        return out
+    if header.corrupt:
+        out.append(f"{path}: is marked corrupt; see 'qemu-img check'")
+    if header.dirty:
+        out.append(f"{path}: was not closed properly; 'qemu-img check -r all' first")
+    if header.encryption:
+        out.append(f"{path}: is encrypted ({header.encryption}); merging it is not supported")
+    if header.has_data_file:
+        out.append(f"{path}: has an external data file; merging it is not supported")
+    return out
+
+
+def above_refusals(
+    layers: Sequence[Layer], group: Group, target: int, options: MergeOptions
+) -> list[str]:
+    """What makes the image above the kept one unfit, where its header is led to another name.
+
+    That happens after the switch: it must not fail. A member of another group is none of
+    these; `file_refusals` has looked at it.
+    """
+    renamed = options.names == "lowest" or (options.names == "target" and target != group.kept)
+    return _unfit(layers[group.kept - 1]) if renamed and group.kept > 0 else []
 
 
 def _name_refusals(layers: Sequence[Layer], index: int) -> list[str]:
