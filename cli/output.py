@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qchain.errors import QchainError, Refused, UsageError, printable
@@ -20,6 +22,8 @@ __all__ = [
     "OutputClosed",
     "absolute",
     "console",
+    "done_already",
+    "forget_stdout",
     "note",
     "save_json",
     "write",
@@ -68,6 +72,29 @@ def write_ascii(text: bytes) -> None:
         raise OutputClosed from None
     except OSError as error:
         raise NotWritten(error) from None
+
+
+@contextmanager
+def done_already(what: str) -> Iterator[None]:
+    """Tell of `what` that is done: that nobody can be told does not make it fail.
+
+    A full disk is mentioned on stderr, for then the document on stdout is incomplete.
+    """
+    try:
+        yield
+    except OutputClosed:
+        forget_stdout()
+    except NotWritten as error:
+        forget_stdout()
+        note(f"{error}; {what}")
+
+
+def forget_stdout() -> None:
+    """Nobody can have it: let the interpreter's last flush go nowhere, and not fail."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, sys.stdout.fileno())
+        os.close(sink)
 
 
 def write_json(document: object) -> None:
