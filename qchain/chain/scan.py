@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qchain.chain.names import resolve_name
+from qchain.chain.references import references_of, whereabouts
 from qchain.errors import ImageError
 from qchain.hostfile import FileId, HostFile
-from qchain.qcow2.foreign import is_qcow2
-from qchain.qcow2.header import read_header
 
-__all__ = ["JOURNAL_SUFFIX", "WORK_PREFIX", "Overlay", "identity", "overlays_in", "unfinished"]
+__all__ = [
+    "JOURNAL_SUFFIX",
+    "WORK_PREFIX",
+    "Overlay",
+    "Unseen",
+    "identity",
+    "overlays_in",
+    "unfinished",
+]
 
 WORK_PREFIX = ".qchain-"
 """Names of our own work directories and aliases; scans pass over them."""
@@ -21,15 +28,30 @@ WORK_PREFIX = ".qchain-"
 
 JOURNAL_SUFFIX = ".journal"
 
+SMALLEST_IMAGE = 64
+"""Bytes: shorter than any header that can name a backing file."""
+
 
 @dataclass(frozen=True, slots=True)
 class Overlay:
-    """An image that names a backing file which exists."""
+    """An image that refers to a file: `use` says how ("backs on").
+
+    `target_id`: which file that is; None where only its name can be known.
+    """
 
     path: Path
     id: FileId
-    backing: Path
-    backing_id: FileId
+    target: Path
+    target_id: FileId | None
+    use: str = "backs on"
+
+
+@dataclass(frozen=True, slots=True)
+class Unseen:
+    """A file, or a directory, that could not be looked into: who knows what it backs on."""
+
+    path: Path
+    why: str
 
 
 def identity(path: Path) -> FileId | None:
@@ -43,11 +65,11 @@ def identity(path: Path) -> FileId | None:
     return FileId(status.st_dev, status.st_ino)
 
 
-def overlays_in(directories: Iterable[Path]) -> Iterator[Overlay]:
-    """Every overlay in the directories themselves (not below them).
+def overlays_in(directories: Iterable[Path]) -> Iterator[Overlay | Unseen]:
+    """Every image in the directories themselves (not below them) that refers to another file.
 
-    Files that cannot be read or are no images are passed over: a scan looks for
-    dangers, it does not judge.
+    Files that are no images are passed over, and so are names that lead nowhere: a scan
+    looks for dangers, it does not judge. Each file costs one small read.
     """
     done: set[FileId] = set()
     for directory in directories:
@@ -55,31 +77,35 @@ def overlays_in(directories: Iterable[Path]) -> Iterator[Overlay]:
         if where is None or where in done:
             continue
         done.add(where)
-        with os.scandir(directory) as entries:
-            names = sorted(
-                entry.path
-                for entry in entries
-                if not entry.name.startswith(WORK_PREFIX) and entry.is_file()
-            )
+        try:
+            with os.scandir(directory) as entries:
+                names = sorted(entry.path for entry in entries if _is_file(entry))
+        except OSError as error:
+            yield Unseen(directory, f"cannot be listed: {(error.strerror or '').lower()}")
+            continue
         for name in names:
-            found = _overlay(Path(name))
-            if found is not None:
-                yield found
+            yield from _references(Path(name))
 
 
-def _overlay(path: Path) -> Overlay | None:
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return not entry.name.startswith(WORK_PREFIX) and entry.is_file()
+    except OSError:
+        return False  # a link to where we may not look: not in this directory
+
+
+def _references(path: Path) -> Iterator[Overlay | Unseen]:
     try:
         with HostFile(path) as file:
-            if not is_qcow2(file.pread(0, 8)):
-                return None
-            header = read_header(file)
-            if header.backing_name is None:
-                return None
-            backing = resolve_name(header.backing_name, path)
-            backing_id = identity(backing)
-            return None if backing_id is None else Overlay(path, file.id, backing, backing_id)
-    except ImageError:
-        return None
+            for found in references_of(file):
+                for target, sure in whereabouts(found, path):
+                    target_id = identity(target) if sure else None
+                    if target_id is not None or not sure:
+                        yield Overlay(path, file.id, target, target_id, found.use)
+    except ImageError as error:
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if path.stat().st_size >= SMALLEST_IMAGE:
+                yield Unseen(path, error.why)
 
 
 def unfinished(directories: Iterable[Path]) -> list[Path]:

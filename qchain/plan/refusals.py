@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from qchain.chain.layer import Layer
 from qchain.chain.names import resolve_backing
-from qchain.chain.scan import identity, overlays_in, unfinished
-from qchain.hostfile import mount_id
+from qchain.chain.scan import Unseen, identity, overlays_in, unfinished
+from qchain.hostfile import FileId, mount_id
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
 
@@ -19,6 +19,7 @@ __all__ = [
     "file_refusals",
     "overlay_refusals",
     "space_refusals",
+    "stranger_refusals",
     "unfinished_refusals",
 ]
 
@@ -116,7 +117,7 @@ def overlay_refusals(
 ) -> list[str]:
     """Images outside the chain that back on something the merge would change or remove."""
     touched = {
-        layers[index].file.id: index
+        index
         for group in groups
         for index in (
             # A kept name that stays what it was concerns nobody above it.
@@ -125,16 +126,45 @@ def overlay_refusals(
             else group.members
         )
     }
-    chain = {layer.file.id for layer in layers}
+    changed = {layers[index].file.id: layers[index].path for index in touched}
     directories = {layers[index].path.parent for group in groups for index in group.members}
-    out = []
-    for overlay in overlays_in([*sorted(directories), *options.scan]):
-        if overlay.id in chain or overlay.backing_id not in touched:
+    own = {layer.file.id for layer in layers}
+    return stranger_refusals(changed, own, [*sorted(directories), *options.scan])
+
+
+def stranger_refusals(
+    changed: Mapping[FileId, Path], own: Collection[FileId], directories: Iterable[Path]
+) -> list[str]:
+    """Images in `directories` that refer to a file that a merge changes or removes.
+
+    Args:
+        changed: these files, and their names.
+        own: the files of the chain itself, which may.
+    """
+    names = {path.name: path for path in changed.values()}
+    out: list[str] = []
+    unseen: list[Unseen] = []
+    for found in overlays_in(directories):
+        if isinstance(found, Unseen):
+            unseen.append(found)
             continue
-        below = layers[touched[overlay.backing_id]]
+        if found.id in own:
+            continue
+        if found.target_id is None:
+            below = names.get(found.target.name)
+        else:
+            below = changed.get(found.target_id)
+        if below is not None:
+            perhaps = "" if found.target_id is not None else "perhaps "
+            out.append(
+                f"{found.path}: {perhaps}{found.use} {below.name}, which the merge would change; "
+                f"keep {below.name}, or merge or move that overlay first"
+            )
+    if unseen:
+        more = f" (and {len(unseen) - 1} more)" if len(unseen) > 1 else ""
         out.append(
-            f"{overlay.path}: backs on {below.path.name}, which the merge would change; keep "
-            f"{below.path.name}, or merge or move that overlay first"
+            f"{unseen[0].path}: {unseen[0].why}{more}, and it may back on what the merge would "
+            "change; run as its owner, or move it"
         )
     return out
 
