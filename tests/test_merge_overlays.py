@@ -10,13 +10,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from merging import build
-from test_merge_refusals import LINES, as_ordinary_user, chain_in, command, plan_of, state
+from merging import Disk, build
+from test_merge_refusals import (
+    LINES,
+    MERGES,
+    as_ordinary_user,
+    chain_in,
+    command,
+    plan_of,
+    state,
+)
 
 from fixtures.oracle import qemu_img, qemu_io, raw_of
+from qchain.chain.chain import open_chain
 from qchain.chain.scan import overlays_in
-from qchain.errors import ExitCode
+from qchain.errors import ExitCode, FailedMidway, Refused
 from qchain.plan.options import MergeOptions
+from qchain.plan.plan import make_plan
+from qchain.plan.selection import Request
+from qchain.plan.steps import Command, Rename, Step, Unlink
+from qchain.run.execute import execute
+from qchain.run.recover import journals_at, recover
 
 STRATEGIES = ("pull", "commit")
 
@@ -177,3 +191,79 @@ def test_a_directory_full_of_other_files(tmp_path: Path) -> None:
     begun = time.process_time()
     assert list(overlays_in([tmp_path])) == []
     assert time.process_time() - begun < 3
+
+
+# --- an overlay that comes later -----------------------------------------------------------
+
+
+def come(disk: Disk) -> Path:
+    """Somebody makes an overlay of mid.qcow2, while it still reads as it should."""
+    other = disk.directory / "other.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", "mid.qcow2", "-F", "qcow2", other, "384k")
+    return other
+
+
+@pytest.mark.parametrize(("strategy", "names"), MERGES)
+def test_an_overlay_made_after_the_plan(tmp_path: Path, strategy: str, names: str) -> None:
+    """While a person thinks at the prompt."""
+    disk = chain_in(tmp_path)
+    with open_chain(disk.active) as chain:
+        options = MergeOptions(strategy=strategy, names=names)
+        plan = make_plan(chain, Request(drop=("mid.qcow2",)), options)
+        other = come(disk)
+        before = state(tmp_path)
+        with pytest.raises(Refused, match=r"other\.qcow2: backs on mid\.qcow2"):
+            execute(plan, chain)
+    assert state(tmp_path) == before
+    assert raw_of(other) == disk.points["mid.qcow2"]
+
+
+WHEN = [
+    (strategy, names, kind)
+    for strategy, names in MERGES
+    for kind in ("Freeze", "writing", "Compare", "switch", "Unlink")
+    if (strategy, names, kind) not in (("commit", "kept", "Unlink"), ("commit", "lowest", "switch"))
+]
+
+
+@pytest.mark.parametrize(("strategy", "names", "kind"), WHEN)
+def test_an_overlay_made_while_it_works(
+    tmp_path: Path, strategy: str, names: str, kind: str
+) -> None:
+    """Nothing that it reads is deleted; and before the switch all is put back."""
+    disk = chain_in(tmp_path)
+    made_now: list[Path] = []
+
+    def watch(step: Step) -> None:
+        name = type(step).__name__
+        if isinstance(step, Command):
+            name = "switch" if "-u" in step.argv else "writing"
+        elif isinstance(step, Rename):
+            name = "switch"
+        elif isinstance(step, Unlink) and ".qchain" in str(step.path):
+            name = "work file"
+        if not made_now and name == kind:
+            made_now.append(come(disk))
+
+    options = MergeOptions(strategy=strategy, names=names)
+    with pytest.raises(FailedMidway) as caught:
+        disk.merge(["mid.qcow2"], options, before_step=watch)
+    assert "other.qcow2: backs on mid.qcow2" in str(caught.value)
+    # What it backs on is there; a pull has not written to it, a commit has.
+    assert (tmp_path / "mid.qcow2").exists()
+    if strategy == "pull":
+        assert raw_of(made_now[0]) == disk.points["mid.qcow2"]
+    switched = (strategy, kind) == ("pull", "Unlink")
+    if switched:
+        assert "'qchain recover' continues" in str(caught.value)
+    else:
+        disk.expect({"top.qcow2": "top.qcow2", "base.qcow2": "base.qcow2"}, complete=False)
+        names_left = {path.name for path in tmp_path.iterdir()}
+        assert names_left == {*disk.points, "other.qcow2"}
+    made_now[0].unlink()
+    if switched:
+        recover(journals_at(tmp_path))
+    else:
+        disk.merge(["mid.qcow2"], options)
+    result = "top.qcow2" if names == "kept" else "mid.qcow2"
+    disk.expect({result: "top.qcow2", "base.qcow2": "base.qcow2"})

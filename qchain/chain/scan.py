@@ -36,13 +36,13 @@ SMALLEST_IMAGE = 64
 class Overlay:
     """An image that refers to a file: `use` says how ("backs on").
 
-    `target_id`: which file that is; None where only its name can be known.
+    `backing_id`: which file that is; None where only its name can be known.
     """
 
     path: Path
     id: FileId
-    target: Path
-    target_id: FileId | None
+    backing: Path
+    backing_id: FileId | None
     use: str = "backs on"
 
 
@@ -98,10 +98,10 @@ def _references(path: Path) -> Iterator[Overlay | Unseen]:
     try:
         with HostFile(path) as file:
             for found in references_of(file):
-                for target, sure in whereabouts(found, path):
-                    target_id = identity(target) if sure else None
-                    if target_id is not None or not sure:
-                        yield Overlay(path, file.id, target, target_id, found.use)
+                for below, sure in whereabouts(found, path):
+                    below_id = identity(below) if sure else None
+                    if below_id is not None or not sure:
+                        yield Overlay(path, file.id, below, below_id, found.use)
     except ImageError as error:
         with contextlib.suppress(OSError):  # gone meanwhile
             if path.stat().st_size >= SMALLEST_IMAGE:

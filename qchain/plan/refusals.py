@@ -150,12 +150,12 @@ def stranger_refusals(
             continue
         if found.id in own:
             continue
-        if found.target_id is None:
-            below = names.get(found.target.name)
+        if found.backing_id is None:
+            below = names.get(found.backing.name)
         else:
-            below = changed.get(found.target_id)
+            below = changed.get(found.backing_id)
         if below is not None:
-            perhaps = "" if found.target_id is not None else "perhaps "
+            perhaps = "" if found.backing_id is not None else "perhaps "
             out.append(
                 f"{found.path}: {perhaps}{found.use} {below.name}, which the merge would change; "
                 f"keep {below.name}, or merge or move that overlay first"

@@ -80,6 +80,7 @@ class GroupRun:
         self.comparison: Comparison | None = None
         self.opened: list[HostFile] = []
         self.made: list[Path] = []
+        self.links: list[tuple[Path, Path]] = []
         self.names = {known.path for known in record.layers}
         self.pulling = False
         self.switched = False
@@ -105,7 +106,7 @@ class GroupRun:
             case HardLink(existing, link):
                 if not (link.exists() and link.samefile(existing)):
                     os.link(existing, link, follow_symlinks=False)
-                self.made.append(link)
+                self._note_link(existing, link)
             case SymbolicLink(target, link):
                 if not (link.is_symlink() and link.readlink() == target):
                     link.symlink_to(target)
@@ -127,6 +128,13 @@ class GroupRun:
         """Work files of ours are removed when the group is put back."""
         if path.parent in self.made:
             self.made.append(path)
+
+    def _note_link(self, existing: Path, link: Path) -> None:
+        """A further name that we gave; it goes again when the group is put back."""
+        if link.parent in self.made:
+            self.made.append(link)
+        else:
+            self.links.append((existing, link))
 
     def _sync(self, path: Path) -> None:
         if path.is_dir():
@@ -276,9 +284,7 @@ class GroupRun:
                 if done and into.exists() and self.layers:
                     self._look_back(into)
             case HardLink(existing, link):
-                # Not reached, the name may be somebody else's.
-                if done or (link.exists() and existing.exists() and link.samefile(existing)):
-                    self.made.append(link)
+                self._note_link(existing, link)
             case SymbolicLink(_, link):
                 self._note(link)
             case Command(argv) if argv[0] == "create":
@@ -309,6 +315,10 @@ class GroupRun:
                 self.restore_backing()
             except (QchainError, OSError):
                 return False  # the aliases must stay: the header may still name them
+        for existing, link in self.links:
+            with contextlib.suppress(OSError):
+                if link.samefile(existing):
+                    link.unlink()
         for path in reversed(self.made):
             with contextlib.suppress(OSError):
                 if path.is_dir() and not path.is_symlink():
