@@ -36,7 +36,7 @@ from qchain.plan.steps import (
 from qchain.plan.traffic import commit_granularity
 from qchain.qcow2.header import read_header
 from qchain.run.attributes import take_attributes
-from qchain.run.durable import fsync_directory, fsync_file
+from qchain.run.durable import fsync_directory, fsync_file, fsync_open
 from qchain.run.journal import GroupRecord
 from qchain.run.locking import ChainLocks
 from qchain.run.qemu_img import QemuImg
@@ -141,7 +141,15 @@ class GroupRun:
             fsync_directory(path)
         elif path.exists() or not self.switched:
             # A repeated step may come after the file got its other name.
-            fsync_file(path)
+            self._flush(path)
+
+    def _flush(self, path: Path) -> None:
+        """Through the descriptor that we had before qemu-img wrote, if there is one."""
+        for layer in self.locks.layers:
+            if _is_file(path, layer.file):
+                fsync_open(layer.file.fd, path)
+                return
+        fsync_file(path)
 
     def _rename(self, old: Path, new: Path) -> None:
         if old.exists() or not self._is_target(new):
@@ -303,7 +311,7 @@ class GroupRun:
         argv = rebase_unsafe_argv(self.t_path, "qcow2", name, fmt)
         with self.locks.handed_over((self.t_path,), ()):
             self.qemu.run(argv)
-        fsync_file(self.t_path)
+        self._flush(self.t_path)
         self._confirm(self.t_path, self.record.layers[self.record.target + 1].path)
 
     def put_back(self) -> bool:
@@ -339,6 +347,14 @@ class GroupRun:
             return False
         known = self.record.layers[self.record.target]
         return (status.st_dev, status.st_ino) == (known.device, known.inode)
+
+
+def _is_file(path: Path, file: HostFile) -> bool:
+    """Whether `path` names the open `file`."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fd))
+    except OSError:
+        return False
 
 
 def _created(step: Command) -> Path:
