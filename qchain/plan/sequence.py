@@ -101,7 +101,7 @@ class _Builder:
         argv = rebase_unsafe_argv(image, self.t.format, name, self.backing_format())
         below = None if self.group.below is None else _absolute(self.layers[self.group.below].path)
         self.add(Command(tuple(argv), label=f"re-point {image.name}", writes=(image,)), Sync(image))
-        self.add(Confirm(image, below))
+        self.add(Confirm(image, below, self.backing_format()))
 
     # --- the phases ----------------------------------------------------------------
 
@@ -234,7 +234,7 @@ class _Builder:
             label = f"re-point {self.above.path.name}"
             self.add(Command(tuple(argv), label=label, writes=(self.above.path,)))
             self.add(Sync(self.above.path))
-            self.add(Confirm(self.above.path, final))
+            self.add(Confirm(self.above.path, final, self.t.format))
         return final
 
     def delete(self, final: Path) -> None:

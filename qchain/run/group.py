@@ -41,7 +41,7 @@ from qchain.run.journal import GroupRecord
 from qchain.run.locking import ChainLocks
 from qchain.run.qemu_img import QemuImg
 from qchain.verify.compare import Comparison, compare
-from qchain.verify.frozen import freeze, frozen_view, open_rescued, rescue
+from qchain.verify.frozen import freeze, frozen_view, map_digest, open_rescued, rescue
 
 __all__ = ["GroupRun", "Observer"]
 
@@ -94,8 +94,8 @@ class GroupRun:
                 self._freeze(into)
             case Compare():
                 self._compare(step)
-            case Confirm(image, backing):
-                self._confirm(image, backing)
+            case Confirm(image, backing, fmt):
+                self._confirm(image, backing, fmt)
                 self.switched = self.switched or image == self.t_path
             case MakeDirectory(path):
                 path.mkdir(mode=0o700, exist_ok=True)
@@ -173,11 +173,16 @@ class GroupRun:
         elif verb == "rebase" and "-u" not in step.argv:
             self._before_pull()
         between = self.layers[1 : self.record.target] if step.commits else ()
+        before = map_digest(step.writes[0]) if "-u" in step.argv and verb == "rebase" else None
         with self.locks.handed_over(step.writes, between):
             self.qemu.run(
                 step.argv,
                 progress=lambda part: self.observer.advance(int(part * step.weight), step.weight),
                 cwd=step.cwd,
+            )
+        if before is not None and map_digest(step.writes[0]) != before:
+            raise FailedMidway(
+                step.writes[0], "'rebase -u' has changed more than the names in its header"
             )
 
     def _repoints_above(self, step: Command) -> bool:
@@ -249,11 +254,12 @@ class GroupRun:
                 f"({self.comparison.different_bytes} bytes differ); nothing was deleted",
             )
 
-    def _confirm(self, image: Path, backing: Path | None) -> None:
+    def _confirm(self, image: Path, backing: Path | None, fmt: str | None) -> None:
         if not image.exists() and self.switched:
             return  # repeated after the rename
         with HostFile(image) as file:
-            name = read_header(file).backing_name
+            header = read_header(file)
+        name = header.backing_name
         found = None if name is None else resolve_name(name, image)
         same = (
             found is None
@@ -263,6 +269,12 @@ class GroupRun:
         if not same:
             raise FailedMidway(
                 image, f"its header names {name!r} as backing file after 'rebase -u': wrong"
+            )
+        if backing is not None and header.backing_format != fmt:
+            raise FailedMidway(
+                image,
+                f"its header records {header.backing_format!r} as format of its backing file after "
+                f"'rebase -u', not {fmt!r}",
             )
 
     # --- going on and going back ----------------------------------------------------
@@ -312,7 +324,7 @@ class GroupRun:
         with self.locks.handed_over((self.t_path,), ()):
             self.qemu.run(argv)
         self._flush(self.t_path)
-        self._confirm(self.t_path, self.record.layers[self.record.target + 1].path)
+        self._confirm(self.t_path, self.record.layers[self.record.target + 1].path, fmt)
 
     def put_back(self) -> bool:
         """Undo what was not switched, remove work files; whether that succeeded. Never raises."""

@@ -8,6 +8,7 @@ partly overwrites (qemu frees them at once), is copied out beforehand.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,23 @@ from qchain.qcow2.entries import NO_HOST, Kind
 from qchain.qcow2.header import Header, read_header
 from qchain.qcow2.tables import MapTables
 
-__all__ = ["freeze", "frozen_view", "open_rescued", "rescue"]
+__all__ = ["freeze", "frozen_view", "map_digest", "open_rescued", "rescue"]
+
+
+def map_digest(path: Path) -> bytes:
+    """A digest of what a change of names in the header of `path` must leave as it is.
+
+    The virtual size, the L1 table and its place, and the length of the file (but qemu
+    writes bitmaps anew whenever it closes an image).
+    Raises: `ImageError` when it cannot be read.
+    """
+    with HostFile(path) as file:
+        header = read_header(file)
+        length = 0 if header.bitmaps_extension is not None else file.size
+        told = (header.size, header.l1_table_offset, header.l1_size, header.nb_snapshots, length)
+        digest = hashlib.sha256(repr(told).encode())
+        digest.update(file.pread(header.l1_table_offset, header.l1_size * 8))
+    return digest.digest()
 
 
 def freeze(layer: Qcow2Layer, into: Path) -> None:
