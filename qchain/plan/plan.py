@@ -48,7 +48,7 @@ class Plan:
     groups: tuple[GroupPlan, ...]
     refusals: tuple[str, ...]
     token: str = ""
-    """Part of the names of work files."""
+    """Part of the journal's name."""
 
     @property
     def steps(self) -> list[Step]:
@@ -163,12 +163,14 @@ def make_plan(
     files = {layer.path.absolute(): layer for layer in layers}
     files |= {Path(os.path.abspath(layer.path)): layer for layer in layers}
     narrow: list[str] = []
-    for number, (group, candidates, chosen) in enumerate(found):
+    for group, candidates, chosen in found:
         steps: list[Step] = []
         result = None
         if not refusals and chosen is not None and chosen.target is not None:
             above = _above(layers, group, results)
-            steps, result = sequence(layers, group, chosen, options, f"{token}{number:x}", above)
+            # Not to be told from the journal's name, which all can see before the work begins.
+            secret = secrets.token_hex(8)
+            steps, result = sequence(layers, group, chosen, options, secret, above)
             results[group.members[-1]] = (result, layers[chosen.target].format)
             files[result] = layers[chosen.target]
             narrow += naming_refusals(steps, files)

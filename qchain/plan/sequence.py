@@ -143,6 +143,8 @@ class _Builder:
                 cwd=directory,
                 label="prepare",
             ),
+            # j reads through it once the header of t has it: so must all who may read j.
+            TakeAttributes(self.j_path, directory / self.alias),
         )
         if self.group.below is None:
             size = self.j.size

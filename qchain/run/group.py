@@ -39,6 +39,7 @@ from qchain.run.attributes import take_attributes
 from qchain.run.durable import fsync_directory, fsync_file, fsync_open
 from qchain.run.journal import GroupRecord
 from qchain.run.locking import ChainLocks
+from qchain.run.private import make_private, open_private
 from qchain.run.qemu_img import QemuImg
 from qchain.verify.compare import Comparison, compare
 from qchain.verify.frozen import freeze, frozen_view, map_digest, open_rescued, rescue
@@ -98,13 +99,13 @@ class GroupRun:
                 self._confirm(image, backing, fmt)
                 self.switched = self.switched or image == self.t_path
             case MakeDirectory(path):
-                path.mkdir(mode=0o700, exist_ok=True)
+                make_private(path)
                 self.made.append(path)
             case RemoveDirectory(path):
                 with contextlib.suppress(FileNotFoundError):
                     path.rmdir()
             case HardLink(existing, link):
-                if not (link.exists() and link.samefile(existing)):
+                if not (os.path.lexists(link) and os.path.samestat(link.lstat(), existing.stat())):
                     os.link(existing, link, follow_symlinks=False)
                 self._note_link(existing, link)
             case SymbolicLink(target, link):
@@ -112,7 +113,9 @@ class GroupRun:
                     link.symlink_to(target)
                 self._note(link)
             case TakeAttributes(source, target):
-                if source.exists() and target.exists() and not source.samefile(target):
+                if target not in self.names:
+                    _open_to_all_of(source, target)
+                elif source.exists() and target.exists() and not source.samefile(target):
                     take_attributes(source, target)
             case Sync(path):
                 self._sync(path)
@@ -169,8 +172,9 @@ class GroupRun:
         verb = step.argv[0]
         self.switched = self.switched or self._repoints_above(step)
         if verb == "create":
-            self.made.append(_created(step))
-        elif verb == "rebase" and "-u" not in step.argv:
+            self._create(step)
+            return
+        if verb == "rebase" and "-u" not in step.argv:
             self._before_pull()
         between = self.layers[1 : self.record.target] if step.commits else ()
         before = map_digest(step.writes[0]) if "-u" in step.argv and verb == "rebase" else None
@@ -184,6 +188,19 @@ class GroupRun:
             raise FailedMidway(
                 step.writes[0], "'rebase -u' has changed more than the names in its header"
             )
+
+    def _create(self, step: Command) -> None:
+        """Make an alias: by a descriptor, for whoever owns the directory may swap the name."""
+        path = _created(step)
+        fd = open_private(path)
+        self.made.append(path)
+        try:
+            argv = [*step.argv[:-2], f"/proc/self/fd/{fd}", step.argv[-1]]
+            self.qemu.run(argv, cwd=step.cwd, pass_fds=(fd,))
+        finally:
+            os.close(fd)
+        with HostFile(path) as file:
+            read_header(file)
 
     def _repoints_above(self, step: Command) -> bool:
         """What backs on the kept image is led to the result: from here on only forward."""
@@ -367,6 +384,15 @@ def _is_file(path: Path, file: HostFile) -> bool:
         return os.path.samestat(path.stat(), os.fstat(file.fd))
     except OSError:
         return False
+
+
+def _open_to_all_of(source: Path, alias: Path) -> None:
+    """Whoever may open `source` may open `alias`, which holds no data but a name."""
+    try:
+        take_attributes(source, alias)
+    except FailedMidway:
+        # Who is not the owner of `source` cannot give it away.
+        alias.chmod(0o644)
 
 
 def _created(step: Command) -> Path:

@@ -75,8 +75,11 @@ class QemuImg:
         argv: Sequence[str],
         progress: Callable[[float], None] | None = None,
         cwd: str | Path | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> None:
         """Run `qemu-img *argv` to its end; `progress` hears fractions 0..1 of -p.
+
+        The child has the descriptors `pass_fds`, and any locks on them, as its own.
 
         Raises `QemuImgError` for any exit code but 0 (and 0 is not evidence: the
         caller verifies), and when it tells of an error all the same: rebase exits 0
@@ -84,7 +87,7 @@ class QemuImg:
         or any other exception, the child is ended and waited for before it propagates;
         so it is on SIGTERM, where nobody else handles that signal.
         """
-        status, _, errors = self._execute(argv, progress, cwd)
+        status, _, errors = self._execute(argv, progress, cwd, pass_fds)
         complaints = errors if status != 0 else list(filter(_is_complaint, errors))
         if status != 0 or complaints:
             raise QemuImgError(argv[0], status, _first(complaints))
@@ -94,9 +97,10 @@ class QemuImg:
         argv: Sequence[str],
         progress: Callable[[float], None] | None,
         cwd: str | Path | None,
+        pass_fds: Sequence[int] = (),
     ) -> tuple[int, bytes, list[str]]:
         with _interrupt_on_sigterm():
-            child = self._start(argv, cwd)
+            child = self._start(argv, cwd, pass_fds)
             try:
                 if argv[0] in _INFO_VERBS:
                     _limit(child.pid, resource.RLIMIT_AS, _INFO_ADDRESS_SPACE)
@@ -119,7 +123,9 @@ class QemuImg:
         lines = b"".join(errors).decode("utf-8", "replace").strip().splitlines()
         return status, output, lines
 
-    def _start(self, argv: Sequence[str], cwd: str | Path | None) -> subprocess.Popen[bytes]:
+    def _start(
+        self, argv: Sequence[str], cwd: str | Path | None, pass_fds: Sequence[int]
+    ) -> subprocess.Popen[bytes]:
         try:
             with _inherited_limits():
                 return subprocess.Popen(
@@ -129,6 +135,7 @@ class QemuImg:
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     cwd=cwd,
+                    pass_fds=pass_fds,
                     env={**os.environ, "LC_ALL": "C"},
                     # A terminal's ^C reaches us, and we decide what becomes of the child.
                     process_group=0,
