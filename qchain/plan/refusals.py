@@ -95,7 +95,10 @@ def above_refusals(
     these; `file_refusals` has looked at it.
     """
     renamed = options.names == "lowest" or (options.names == "target" and target != group.kept)
-    return _unfit(layers[group.kept - 1]) if renamed and group.kept > 0 else []
+    if not renamed or group.kept == 0:
+        return []
+    way = "or use --names kept, which leaves it alone"
+    return [f"{line}; {way}" for line in _unfit(layers[group.kept - 1])]
 
 
 def _name_refusals(layers: Sequence[Layer], index: int) -> list[str]:
