@@ -17,7 +17,7 @@ from qchain.chain.layer import Layer, Qcow2Layer, RawLayer
 from qchain.chain.names import resolve_name
 from qchain.errors import FailedMidway, QchainError
 from qchain.hostfile import HostFile
-from qchain.plan.commands import rebase_unsafe_argv
+from qchain.plan.commands import rebase_unsafe_argv, unlocked_argv
 from qchain.plan.steps import (
     Command,
     Compare,
@@ -177,16 +177,20 @@ class GroupRun:
         if verb == "rebase" and "-u" not in step.argv:
             self._before_pull()
         between = self.layers[1 : self.record.target] if step.commits else ()
-        before = map_digest(step.writes[0]) if "-u" in step.argv and verb == "rebase" else None
-        with self.locks.handed_over(step.writes, between):
+        named = step.writes[-1]
+        # Neither a commit that keeps its top nor a change of names touches the map of it.
+        stays = step.commits or "-u" in step.argv
+        before = map_digest(named) if stays else None
+        with self.locks.handed_over(step.writes, between, named) as held:
             self.qemu.run(
-                step.argv,
+                unlocked_argv(step.argv) if held else step.argv,
                 progress=lambda part: self.observer.advance(int(part * step.weight), step.weight),
                 cwd=step.cwd,
+                pass_fds=held,
             )
-        if before is not None and map_digest(step.writes[0]) != before:
+        if before is not None and map_digest(named) != before:
             raise FailedMidway(
-                step.writes[0], "'rebase -u' has changed more than the names in its header"
+                named, f"its map or length changed while 'qemu-img {verb}' ran, which must not be"
             )
 
     def _create(self, step: Command) -> None:
@@ -258,8 +262,11 @@ class GroupRun:
             raise FailedMidway(
                 step.new, f"has {new.size} bytes after the merge, not {self.old[0].size}"
             )
+        old = list(self.old)
+        if self.record.target > 0:
+            old[0] = self._fresh(old[0])
         self.comparison = compare(
-            self.old,
+            old,
             [new, *self.below],
             everything=self.verify == "full",
             progress=self.observer.advance,
@@ -270,6 +277,16 @@ class GroupRun:
                 f"the merged result differs at guest offset {self.comparison.first_difference} "
                 f"({self.comparison.different_bytes} bytes differ); nothing was deleted",
             )
+
+    def _fresh(self, layer: Layer) -> Layer:
+        """The kept image as it is now: where others were let in, more may be mapped by now."""
+        file = HostFile(layer.path)
+        self.opened.append(file)
+        header = read_header(file)
+        if file.id != layer.file.id or header.size != layer.size:
+            raise FailedMidway(layer.path, "is not what it was when the merge began")
+        header.require_readable(layer.path)
+        return Qcow2Layer(layer.path, file, header)
 
     def _confirm(self, image: Path, backing: Path | None, fmt: str | None) -> None:
         if not image.exists() and self.switched:
@@ -338,8 +355,8 @@ class GroupRun:
         assert self.record.present is not None
         name, fmt = self.record.present
         argv = rebase_unsafe_argv(self.t_path, "qcow2", name, fmt)
-        with self.locks.handed_over((self.t_path,), ()):
-            self.qemu.run(argv)
+        with self.locks.handed_over((self.t_path,), (), self.t_path) as held:
+            self.qemu.run(unlocked_argv(argv) if held else argv, pass_fds=held)
         self._flush(self.t_path)
         self._confirm(self.t_path, self.record.layers[self.record.target + 1].path, fmt)
 

@@ -31,14 +31,15 @@ __all__ = ["freeze", "frozen_view", "map_digest", "open_rescued", "rescue"]
 def map_digest(path: Path) -> bytes:
     """A digest of what a change of names in the header of `path` must leave as it is.
 
-    The virtual size, the L1 table and its place, and the length of the file (but qemu
+    Which file it is, its virtual size, the L1 table and its place, the length (but qemu
     writes bitmaps anew whenever it closes an image).
     Raises: `ImageError` when it cannot be read.
     """
     with HostFile(path) as file:
         header = read_header(file)
         length = 0 if header.bitmaps_extension is not None else file.size
-        told = (header.size, header.l1_table_offset, header.l1_size, header.nb_snapshots, length)
+        table = (header.l1_table_offset, header.l1_size)
+        told = (file.id, header.size, table, header.nb_snapshots, length)
         digest = hashlib.sha256(repr(told).encode())
         digest.update(file.pread(header.l1_table_offset, header.l1_size * 8))
     return digest.digest()
