@@ -19,7 +19,7 @@ from qchain.errors import FailedMidway
 from qchain.plan.options import MergeOptions
 from qchain.plan.plan import make_plan
 from qchain.plan.selection import Request
-from qchain.plan.steps import Command, Freeze, MakeDirectory, Step, SymbolicLink, Sync
+from qchain.plan.steps import Command, Freeze, MakeDirectory, Step, TakeAttributes
 from qchain.run.execute import execute
 from qchain.run.qemu_img import QemuImg
 from qchain.run.recover import journals_at, recover
@@ -119,10 +119,8 @@ def test_work_files_of_ones_own_are_made_again(disk: Disk, when: str) -> None:
     """Killed after an alias was given to the images' owner: `recover` goes on."""
     with open_chain(disk.active) as chain:
         plan = make_plan(chain, Request(drop=("mid.qcow2",)), MergeOptions(strategy="pull"))
-        kinds = (SymbolicLink, Sync)
-        places = [n for n, step in enumerate(plan.steps) if isinstance(step, kinds)]
-        create = next(n for n, s in enumerate(plan.steps) if isinstance(s, Command))
-        stop = min(n for n in places if n > create) if when == "first" else create + 1
+        kind = Command if when == "first" else TakeAttributes
+        stop = 1 + next(n for n, step in enumerate(plan.steps) if isinstance(step, kind))
         child = os.fork()
         if child == 0:
             seen = 0

@@ -143,8 +143,6 @@ class _Builder:
                 cwd=directory,
                 label="prepare",
             ),
-            # j reads through it once the header of t has it: so must all who may read j.
-            TakeAttributes(self.j_path, directory / self.alias),
         )
         if self.group.below is None:
             size = self.j.size
@@ -174,6 +172,8 @@ class _Builder:
                 )
             else:
                 self.add(SymbolicLink(new_path, self.work / self.alias))
+        # j reads through it once the header of t has it: so must all who may read j.
+        self.add(TakeAttributes(self.j_path, directory / self.alias))
         self.add(Sync(directory / self.alias), Sync(self.work), Sync(directory))
         argv = rebase_safe_argv(link, self.alias, present.name, present.format)
         label = f"pull into {self.t_path.name}"
