@@ -22,7 +22,7 @@ import typer.main
 from qchain.errors import ExitCode, QchainError, Refused
 
 from .options import LATER, Interrupted
-from .output import NotWritten, OutputClosed, note, write, write_error
+from .output import NotWritten, OutputClosed, forget_stdout, note, write, write_error
 
 __all__ = ["main"]
 
@@ -125,14 +125,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(None if arguments is None else list(arguments))
     except OutputClosed:
-        _forget_stdout()
+        forget_stdout()
         return _CLOSED
     except (Interrupted, KeyboardInterrupt, typer.Abort):
         write_error("qchain: interrupted")
         return ExitCode.INTERRUPTED
     except QchainError as error:
         if isinstance(error, NotWritten):
-            _forget_stdout()
+            forget_stdout()
         write_error(f"qchain: {error}")
         return error.exit_code
     except _parsing.ClickException as error:
@@ -171,11 +171,3 @@ def _usage_line(error: Exception) -> str:
     path = getattr(context, "command_path", None) or "qchain"
     what = path.removeprefix("qchain").strip() or "command line"
     return f"{what}: {why}; see '{path} --help'"
-
-
-def _forget_stdout() -> None:
-    """Nobody can have it: let the interpreter's last flush go nowhere, and not fail."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        sink = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(sink, sys.stdout.fileno())
-        os.close(sink)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ import typer
 from qchain.errors import Refused, UsageError
 
 from .options import Carrying, Common, Merging, command
-from .output import OutputClosed, save_json, write, write_json
+from .output import done_already, save_json, write, write_json
 
 if TYPE_CHECKING:
     from qchain.plan.plan import Plan
@@ -70,8 +69,7 @@ def carry_out(
             _ask(plan, common.json)
         with ending_in_order(), common.reporter() as reporter:
             result = execute(plan, chain, None, reporter)
-    # It is done: that nobody reads of it any more does not change that.
-    with contextlib.suppress(OutputClosed):
+    with done_already("the merge is done"):
         if common.json:
             write_json(document | _result_json(result))
         elif plan.steps:

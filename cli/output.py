@@ -8,6 +8,8 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qchain.errors import Refused, UsageError, WriteFailed, printable
@@ -24,6 +26,8 @@ __all__ = [
     "absolute",
     "columns",
     "console",
+    "done_already",
+    "forget_stdout",
     "note",
     "save_json",
     "shell_word",
@@ -75,6 +79,29 @@ def write_ascii(text: bytes) -> None:
         raise OutputClosed from None
     except OSError as error:
         raise NotWritten(error) from None
+
+
+@contextmanager
+def done_already(what: str) -> Iterator[None]:
+    """Tell of `what` that is done: that nobody can be told does not make it fail.
+
+    A full disk is mentioned on stderr, for then the document on stdout is incomplete.
+    """
+    try:
+        yield
+    except OutputClosed:
+        forget_stdout()
+    except NotWritten as error:
+        forget_stdout()
+        note(f"{error}; {what}")
+
+
+def forget_stdout() -> None:
+    """Nobody can have it: let the interpreter's last flush go nowhere, and not fail."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, sys.stdout.fileno())
+        os.close(sink)
 
 
 def write_json(document: object) -> None:

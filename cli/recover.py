@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .options import Common, command
-from .output import write, write_json
+from .output import done_already, write, write_json
 
 __all__ = ["recover"]
 
@@ -31,12 +31,13 @@ def recover(
 
     with ending_in_order(), common.reporter() as reporter:
         done = recover(journals_at(where), back=back, observer=reporter)
-    if common.json:
-        write_json(
-            {"recovered": [{"active": str(one.active), "outcome": one.outcome} for one in done]}
-        )
-        return
-    for one in done:
-        write(f"{printable(one.active)}: {one.outcome}\n")
-    if not done:
-        write("Nothing is unfinished.\n")
+    with done_already("nothing is left to recover"):
+        if common.json:
+            write_json(
+                {"recovered": [{"active": str(one.active), "outcome": one.outcome} for one in done]}
+            )
+            return
+        for one in done:
+            write(f"{printable(one.active)}: {one.outcome}\n")
+        if not done:
+            write("Nothing is unfinished.\n")

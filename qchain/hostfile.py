@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qchain.errors import DataError, ImageError
 
-__all__ = ["FileId", "HostFile", "names_in"]
+__all__ = ["FileId", "HostFile", "mount_id", "names_in"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +159,26 @@ def _open_untouched(path: str | Path, flags: int) -> int:
         return os.open(path, flags | os.O_NOATIME)
     except PermissionError:
         return os.open(path, flags)
+
+
+def mount_id(path: Path) -> int | None:
+    """Which mount a file or directory lies in; None where /proc does not tell.
+
+    A filesystem may be mounted at several places: the device is the same then, and yet
+    no rename and no hard link leads from one to another.
+    """
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        told = Path(f"/proc/self/fdinfo/{fd}").read_text()
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    found = [line.split()[1] for line in told.splitlines() if line.startswith("mnt_id:")]
+    return int(found[0]) if found else None
 
 
 def _reason(error: OSError) -> str:

@@ -57,8 +57,12 @@ open(mark, "w").close()
 def run(*words):
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
 
+# qchain holds the locks of the image that qemu-img is told of.
+unlocked = "driver=" + fmt + ",file.locking=off,file.filename=" + target.replace(",", ",,")
+
 def write(offset, *what):
-    run("qemu-io", "-f", fmt, "-c", " ".join(map(str, ["write -q", *what, offset, 65536])), target)
+    words = " ".join(map(str, ["write -q", *what, offset, 65536]))
+    run("qemu-io", "-c", words, "--image-opts", unlocked)
 
 if mode == "refuse":
     sys.exit("qemu-img: no")
@@ -79,8 +83,8 @@ elif mode == "half":
             cluster.write(raw.read(65536))
         write({cluster}, "-s cluster")
     if kind == "pull":
-        run(real, "rebase", "-u", "-f", "qcow2", "-b", argv[argv.index("-b") + 1], "-F", "qcow2",
-            target)
+        run(real, "rebase", "-u", "-b", argv[argv.index("-b") + 1], "-F", "qcow2", "--image-opts",
+            unlocked)
 elif mode == "garbage":
     run(real, *argv)
     write({cluster}, "-P 0x5a")

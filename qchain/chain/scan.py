@@ -9,16 +9,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qchain.chain.names import resolve_name
+from qchain.chain.references import references_of, whereabouts
 from qchain.errors import ImageError
 from qchain.hostfile import FileId, HostFile, names_in
-from qchain.qcow2.foreign import is_qcow2
-from qchain.qcow2.header import read_header
 
 __all__ = [
     "JOURNAL_SUFFIX",
     "WORK_PREFIX",
     "Overlay",
+    "Unseen",
     "identity",
     "overlays_in",
     "unfinished",
@@ -32,15 +31,30 @@ WORK_PREFIX = ".qchain-"
 JOURNAL_SUFFIX = ".journal"
 _MAX_JOURNAL = 64 << 20
 
+SMALLEST_IMAGE = 64
+"""Bytes: shorter than any header that can name a backing file."""
+
 
 @dataclass(frozen=True, slots=True)
 class Overlay:
-    """An image that names a backing file which exists."""
+    """An image that refers to a file: `use` says how ("backs on").
+
+    `backing_id`: which file that is; None where only its name can be known.
+    """
 
     path: Path
     id: FileId
     backing: Path
-    backing_id: FileId
+    backing_id: FileId | None
+    use: str = "backs on"
+
+
+@dataclass(frozen=True, slots=True)
+class Unseen:
+    """A file, or a directory, that could not be looked into: who knows what it backs on."""
+
+    path: Path
+    why: str
 
 
 def identity(path: Path) -> FileId | None:
@@ -54,11 +68,11 @@ def identity(path: Path) -> FileId | None:
     return FileId(status.st_dev, status.st_ino)
 
 
-def overlays_in(directories: Iterable[Path]) -> Iterator[Overlay]:
-    """Every overlay in the directories themselves (not below them).
+def overlays_in(directories: Iterable[Path]) -> Iterator[Overlay | Unseen]:
+    """Every image in the directories themselves (not below them) that refers to another file.
 
-    Files that cannot be read or are no images are passed over: a scan looks for
-    dangers, it does not judge.
+    Files that are no images are passed over, and so are names that lead nowhere: a scan
+    looks for dangers, it does not judge. Each file costs one small read.
     """
     done: set[FileId] = set()
     for directory in directories:
@@ -66,13 +80,15 @@ def overlays_in(directories: Iterable[Path]) -> Iterator[Overlay]:
         if where is None or where in done:
             continue
         done.add(where)
-        for name in names_in(directory):
+        try:
+            names = names_in(directory)
+        except OSError as error:
+            yield Unseen(directory, f"cannot be listed: {(error.strerror or '').lower()}")
+            continue
+        for name in names:
             path = directory / name
-            found = None
             if not name.startswith(WORK_PREFIX) and _is_file(path):
-                found = _overlay(path)
-            if found is not None:
-                yield found
+                yield from _references(path)
 
 
 def _is_file(path: Path) -> bool:
@@ -83,19 +99,18 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _overlay(path: Path) -> Overlay | None:
+def _references(path: Path) -> Iterator[Overlay | Unseen]:
     try:
         with HostFile(path) as file:
-            if not is_qcow2(file.pread(0, 8)):
-                return None
-            header = read_header(file)
-            if header.backing_name is None:
-                return None
-            backing = resolve_name(header.backing_name, path)
-            backing_id = identity(backing)
-            return None if backing_id is None else Overlay(path, file.id, backing, backing_id)
-    except ImageError:
-        return None
+            for found in references_of(file):
+                for below, sure in whereabouts(found, path):
+                    below_id = identity(below) if sure else None
+                    if below_id is not None or not sure:
+                        yield Overlay(path, file.id, below, below_id, found.use)
+    except ImageError as error:
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if path.stat().st_size >= SMALLEST_IMAGE:
+                yield Unseen(path, error.why)
 
 
 def unfinished(directories: Iterable[Path]) -> list[Path]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from qchain.chain.layer import Layer, Qcow2Layer
+from qchain.hostfile import mount_id
 from qchain.plan.growth import growth
 from qchain.plan.model import DEFAULT, TimeModel
 from qchain.plan.options import MergeOptions
@@ -53,6 +54,13 @@ def _has_valid_bitmaps(layer: Layer) -> bool:
     return header is not None and header.bitmaps_extension is not None
 
 
+def _apart(a: Layer, b: Layer) -> bool:
+    """Whether no rename leads from the directory of one to that of the other."""
+    if a.file.id.device != b.file.id.device:
+        return True
+    return mount_id(a.path.parent) != mount_id(b.path.parent)
+
+
 def obstacle(
     layers: Sequence[Layer], group: Group, target: int, options: MergeOptions
 ) -> str | None:
@@ -62,7 +70,7 @@ def obstacle(
     strategy = strategy_of(group.members.index(target), len(group.members))
     if options.strategy not in ("auto", strategy):
         return f"--strategy {options.strategy} was asked for"
-    if options.names == "lowest" and lowest.file.id.device != layer.file.id.device:
+    if options.names == "lowest" and _apart(lowest, layer):
         return f"it lies on another filesystem than {lowest.path.name}, whose name is to stay"
     if target == group.kept:
         return None
@@ -82,7 +90,7 @@ def obstacle(
         return f"{layer.path.name} is a block device and cannot change its size"
     if options.names == "kept" and kept.file.is_block_device:
         return f"{kept.path.name} is a block device and cannot be renamed"
-    if options.names == "kept" and kept.file.id.device != layer.file.id.device:
+    if options.names == "kept" and _apart(kept, layer):
         return "it lies on another filesystem, from where no rename leads to the kept name"
     if isinstance(layer, Qcow2Layer) and kept.size > layer.size:
         tables = -(-kept.size // (layer.cluster_size * layer.tables.per_table))

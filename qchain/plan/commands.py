@@ -2,13 +2,14 @@
 
 Facts behind them (measured with 7.2): a plain `rebase` is not crash-safe, `commit
 -b` implies `-d`, and a header name is resolved from the text of the overlay's name,
-never from its real path.
+never from its real path. A merge holds the locks of the image that a command names
+itself, and says so to qemu-img (`unlocked_argv`); by hand qemu-img takes them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "rebase_writethrough_argv",
     "resize_shrink_argv",
     "safe_name",
+    "unlocked_argv",
 ]
 
 
@@ -127,6 +129,23 @@ def create_empty_argv(
 def resize_shrink_argv(image: str | Path, image_format: str, size: int) -> list[str]:
     """Cut `image` to `size` bytes: after a commit of a shorter top."""
     return ["resize", "-q", "--shrink", "-f", image_format, safe_name(image), str(size)]
+
+
+def unlocked_argv(argv: Sequence[str]) -> list[str]:
+    """The same commit, rebase or resize, taking no locks on the image that it names.
+
+    For who holds a writer's locks on it, so that nobody gets in before qemu-img and after it.
+    """
+    out = list(argv)
+    place = -2 if out[0] == "resize" else -1
+    if "--image-opts" in out:
+        out[place] += ",file.locking=off"
+        return out
+    at = out.index("-f")
+    options = {"driver": out[at + 1], "file.filename": out[place], "file.locking": "off"}
+    out[place] = image_opts(options)
+    out[at : at + 2] = ["--image-opts"]
+    return out
 
 
 def _backing_arguments(backing: str | Path | None, backing_format: str | None) -> list[str]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qchain.chain.chain import Chain
 from qchain.chain.layer import Layer
 from qchain.plan.candidates import Candidate, candidates_of, choose
 from qchain.plan.model import DEFAULT, TimeModel
+from qchain.plan.naming import naming_refusals
 from qchain.plan.options import MergeOptions
 from qchain.plan.refusals import (
+    above_refusals,
     file_refusals,
     overlay_refusals,
     space_refusals,
@@ -46,7 +48,7 @@ class Plan:
     groups: tuple[GroupPlan, ...]
     refusals: tuple[str, ...]
     token: str = ""
-    """Part of the names of work files."""
+    """Part of the journal's name."""
 
     @property
     def steps(self) -> list[Step]:
@@ -152,19 +154,30 @@ def make_plan(
             refusals.append(_impossible(layers, group, candidates, options))
         elif chosen.target is not None:
             needs.append((layers[chosen.target].path.parent, chosen.peak_extra_bytes))
+            refusals += above_refusals(layers, group, chosen.target, options)
         found.append((group, candidates, chosen))
     refusals += space_refusals(needs)
     plans: list[GroupPlan] = []
     token = secrets.token_hex(3)
     results: dict[int, tuple[Path, str]] = {}
-    for number, (group, candidates, chosen) in enumerate(found):
+    files = {layer.path.absolute(): layer for layer in layers}
+    files |= {Path(os.path.abspath(layer.path)): layer for layer in layers}
+    narrow: list[str] = []
+    for group, candidates, chosen in found:
         steps: list[Step] = []
         result = None
         if not refusals and chosen is not None and chosen.target is not None:
             above = _above(layers, group, results)
-            steps, result = sequence(layers, group, chosen, options, f"{token}{number:x}", above)
+            # Not to be told from the journal's name, which all can see before the work begins.
+            secret = secrets.token_hex(8)
+            steps, result = sequence(layers, group, chosen, options, secret, above)
             results[group.members[-1]] = (result, layers[chosen.target].format)
+            files[result] = layers[chosen.target]
+            narrow += naming_refusals(steps, files)
         plans.append(GroupPlan(group, tuple(candidates), chosen, tuple(steps), result))
+    if narrow:
+        refusals += narrow
+        plans = [replace(plan, steps=(), result=None) for plan in plans]
     return Plan(layers, options, tuple(plans), tuple(dict.fromkeys(refusals)), token)
 
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from qchain.chain.layer import Layer
 from qchain.chain.names import resolve_backing
-from qchain.chain.scan import identity, overlays_in, unfinished_of
+from qchain.chain.scan import Unseen, identity, overlays_in, unfinished_of
+from qchain.hostfile import FileId, mount_id
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
 
-__all__ = ["file_refusals", "overlay_refusals", "space_refusals", "unfinished_refusals"]
+__all__ = [
+    "above_refusals",
+    "file_refusals",
+    "overlay_refusals",
+    "space_refusals",
+    "stranger_refusals",
+    "unfinished_refusals",
+]
 
 
 def file_refusals(layers: Sequence[Layer], group: Group) -> list[str]:
@@ -21,28 +29,9 @@ def file_refusals(layers: Sequence[Layer], group: Group) -> list[str]:
     for index in group.members:
         layer = layers[index]
         path, header = layer.path, layer.header
-        if path.is_symlink():
-            out.append(f"{path}: is a symbolic link; name {os.path.realpath(path)} itself")
-        status = os.fstat(layer.file.fd)
-        if status.st_nlink > 1 and not layer.file.is_block_device:
-            out.append(
-                f"{path}: the file has {status.st_nlink} names (hard links), and a merge would "
-                "change or part them; remove the others first"
-            )
-        if not os.access(path, os.W_OK) or not os.access(path.parent, os.W_OK):
-            out.append(f"{path}: the file or its directory cannot be written to; run as its owner")
-        if layer.file.is_block_device:
-            out.append(f"{path}: merging block devices comes with a later version")
+        out += _unfit(layer)
         if header is None:
             continue
-        if header.corrupt:
-            out.append(f"{path}: is marked corrupt; see 'qemu-img check'")
-        if header.dirty:
-            out.append(f"{path}: was not closed properly; 'qemu-img check -r all' first")
-        if header.encryption:
-            out.append(f"{path}: is encrypted ({header.encryption}); merging it is not supported")
-        if header.has_data_file:
-            out.append(f"{path}: has an external data file; merging it is not supported")
         if header.nb_snapshots:
             out.append(
                 f"{path}: holds {header.nb_snapshots} internal snapshot(s), which the merge would "
@@ -65,6 +54,52 @@ def file_refusals(layers: Sequence[Layer], group: Group) -> list[str]:
     return out
 
 
+def _unfit(layer: Layer) -> list[str]:
+    """What forbids to write to a file at all, if only to its header."""
+    out: list[str] = []
+    path, header = layer.path, layer.header
+    if path.is_symlink():
+        out.append(f"{path}: is a symbolic link; name {os.path.realpath(path)} itself")
+    elif mount_id(path) != mount_id(path.parent):
+        out.append(f"{path}: is a mount point, and cannot be renamed; merge it where it lies")
+    status = os.fstat(layer.file.fd)
+    if status.st_nlink > 1 and not layer.file.is_block_device:
+        out.append(
+            f"{path}: the file has {status.st_nlink} names (hard links), and a merge would "
+            "change or part them; remove the others first"
+        )
+    if not os.access(path, os.W_OK) or not os.access(path.parent, os.W_OK):
+        out.append(f"{path}: the file or its directory cannot be written to; run as its owner")
+    if layer.file.is_block_device:
+        out.append(f"{path}: merging block devices comes with a later version")
+    if header is None:
+        return out
+    if header.corrupt:
+        out.append(f"{path}: is marked corrupt; see 'qemu-img check'")
+    if header.dirty:
+        out.append(f"{path}: was not closed properly; 'qemu-img check -r all' first")
+    if header.encryption:
+        out.append(f"{path}: is encrypted ({header.encryption}); merging it is not supported")
+    if header.has_data_file:
+        out.append(f"{path}: has an external data file; merging it is not supported")
+    return out
+
+
+def above_refusals(
+    layers: Sequence[Layer], group: Group, target: int, options: MergeOptions
+) -> list[str]:
+    """What makes the image above the kept one unfit, where its header is led to another name.
+
+    That happens after the switch: it must not fail. A member of another group is none of
+    these; `file_refusals` has looked at it.
+    """
+    renamed = options.names == "lowest" or (options.names == "target" and target != group.kept)
+    if not renamed or group.kept == 0:
+        return []
+    way = "or use --names kept, which leaves it alone"
+    return [f"{line}; {way}" for line in _unfit(layers[group.kept - 1])]
+
+
 def _name_refusals(layers: Sequence[Layer], index: int) -> list[str]:
     """Backing names that qemu-img would take for another file than the plan does."""
     layer = layers[index]
@@ -84,7 +119,7 @@ def overlay_refusals(
 ) -> list[str]:
     """Images outside the chain that back on something the merge would change or remove."""
     touched = {
-        layers[index].file.id: index
+        index
         for group in groups
         for index in (
             # A kept name that stays what it was concerns nobody above it.
@@ -93,16 +128,45 @@ def overlay_refusals(
             else group.members
         )
     }
-    chain = {layer.file.id for layer in layers}
+    changed = {layers[index].file.id: layers[index].path for index in touched}
     directories = {layers[index].path.parent for group in groups for index in group.members}
-    out = []
-    for overlay in overlays_in([*sorted(directories), *options.scan]):
-        if overlay.id in chain or overlay.backing_id not in touched:
+    own = {layer.file.id for layer in layers}
+    return stranger_refusals(changed, own, [*sorted(directories), *options.scan])
+
+
+def stranger_refusals(
+    changed: Mapping[FileId, Path], own: Collection[FileId], directories: Iterable[Path]
+) -> list[str]:
+    """Images in `directories` that refer to a file that a merge changes or removes.
+
+    Args:
+        changed: these files, and their names.
+        own: the files of the chain itself, which may.
+    """
+    names = {path.name: path for path in changed.values()}
+    out: list[str] = []
+    unseen: list[Unseen] = []
+    for found in overlays_in(directories):
+        if isinstance(found, Unseen):
+            unseen.append(found)
             continue
-        below = layers[touched[overlay.backing_id]]
+        if found.id in own:
+            continue
+        if found.backing_id is None:
+            below = names.get(found.backing.name)
+        else:
+            below = changed.get(found.backing_id)
+        if below is not None:
+            perhaps = "" if found.backing_id is not None else "perhaps "
+            out.append(
+                f"{found.path}: {perhaps}{found.use} {below.name}, which the merge would change; "
+                f"keep {below.name}, or merge or move that overlay first"
+            )
+    if unseen:
+        more = f" (and {len(unseen) - 1} more)" if len(unseen) > 1 else ""
         out.append(
-            f"{overlay.path}: backs on {below.path.name}, which the merge would change; keep "
-            f"{below.path.name}, or merge or move that overlay first"
+            f"{unseen[0].path}: {unseen[0].why}{more}, and it may back on what the merge would "
+            "change; run as its owner, or move it"
         )
     return out
 

@@ -39,10 +39,11 @@ from qchain.plan.steps import (
     Unlink,
 )
 
-__all__ = ["SAVED_SUFFIX", "Above", "sequence"]
+__all__ = ["SAVED_SUFFIX", "Above", "saved_name", "sequence"]
 
 SAVED_SUFFIX = ".qchain-old"
-"""What --keep-files appends to the name of a file that another one replaces."""
+"""What --keep-files appends to the name of a file that another one replaces; where that
+name is taken, a number follows."""
 
 
 @dataclass
@@ -100,7 +101,7 @@ class _Builder:
         argv = rebase_unsafe_argv(image, self.t.format, name, self.backing_format())
         below = None if self.group.below is None else _absolute(self.layers[self.group.below].path)
         self.add(Command(tuple(argv), label=f"re-point {image.name}", writes=(image,)), Sync(image))
-        self.add(Confirm(image, below))
+        self.add(Confirm(image, below, self.backing_format()))
 
     # --- the phases ----------------------------------------------------------------
 
@@ -171,6 +172,8 @@ class _Builder:
                 )
             else:
                 self.add(SymbolicLink(new_path, self.work / self.alias))
+        # j reads through it once the header of t has it: so must all who may read j.
+        self.add(TakeAttributes(self.j_path, directory / self.alias))
         self.add(Sync(directory / self.alias), Sync(self.work), Sync(directory))
         argv = rebase_safe_argv(link, self.alias, present.name, present.format)
         label = f"pull into {self.t_path.name}"
@@ -207,6 +210,9 @@ class _Builder:
         else:
             final = self.t_path
         name_here, way = self.backing_name(directory), self.way(final)
+        if self.options.keep_files and final != self.t_path:
+            # Before any header changes: that it cannot be made must stop nothing halfway.
+            self.add(HardLink(final, saved_name(final)))
         if self.pulls or way != name_here:
             # Every cluster is durable: the header alone changes, j reads the same.
             self.point_to(self.t_path, way)
@@ -215,8 +221,6 @@ class _Builder:
             self.add(Unlink(directory / self.alias))
         if final != self.t_path:
             self.add(TakeAttributes(final, self.t_path), Sync(self.t_path))
-            if self.options.keep_files:
-                self.add(HardLink(final, final.with_name(final.name + SAVED_SUFFIX)))
             if self.options.names == "kept":
                 # One rename is the switch: before it j is the old file, after it the new.
                 self.add(Rename(self.t_path, final), Sync(final.parent))
@@ -232,7 +236,7 @@ class _Builder:
             label = f"re-point {self.above.path.name}"
             self.add(Command(tuple(argv), label=label, writes=(self.above.path,)))
             self.add(Sync(self.above.path))
-            self.add(Confirm(self.above.path, final))
+            self.add(Confirm(self.above.path, final, self.t.format))
         return final
 
     def delete(self, final: Path) -> None:
@@ -257,6 +261,17 @@ class _Builder:
 def _absolute(path: Path) -> Path:
     """Absolute, without following links: the name is what other files refer to."""
     return Path(os.path.normpath(path.absolute())) if ".." not in path.parts else path.absolute()
+
+
+def saved_name(path: Path) -> Path:
+    """Where --keep-files saves the file that loses the name `path`: a name that is free."""
+    number = 1
+    while True:
+        suffix = SAVED_SUFFIX if number == 1 else f"{SAVED_SUFFIX}.{number}"
+        saved = path.with_name(path.name + suffix)
+        if not os.path.lexists(saved):
+            return saved
+        number += 1
 
 
 def _relative(path: Path, directory: Path) -> str:

@@ -77,10 +77,12 @@ class Confirm:
     """The header of `image`, read again, names `backing` (None: nothing) as its backing file.
 
     An exit code is not evidence: what was the backing before goes away only after this.
+    `backing_format`: what the header must record of it.
     """
 
     image: Path
     backing: Path | None
+    backing_format: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from qchain.errors import FailedMidway
 __all__ = [
     "fsync_directory",
     "fsync_file",
+    "fsync_open",
     "link_durably",
     "make_directory_durably",
     "rename_durably",
@@ -33,6 +34,16 @@ __all__ = [
 def fsync_file(path: Path) -> None:
     """Flush what anybody wrote to `path`, a regular file or a block device."""
     _flush(path, os.O_RDONLY)
+
+
+def fsync_open(fd: int, path: Path) -> None:
+    """Flush the file of `path` through a descriptor that was open before it was written to.
+
+    The kernel tells of a write-back that failed once per descriptor that was open then: one
+    opened later is told nothing when somebody else has heard of it already.
+    """
+    with _told(path, "flush"):
+        os.fsync(fd)
 
 
 def fsync_directory(path: Path) -> None:

@@ -11,12 +11,14 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from qchain.chain.chain import Chain
 from qchain.chain.layer import Layer
 from qchain.errors import FailedMidway, QchainError, Refused
 from qchain.plan.plan import Plan
-from qchain.plan.steps import Step
+from qchain.plan.refusals import overlay_refusals
+from qchain.plan.steps import Command, Rename, Step, Unlink
 from qchain.run.group import GroupRun, Observer
 from qchain.run.journal import Journal
 from qchain.run.locking import ChainLocks, sole
@@ -49,18 +51,26 @@ def run_group(
     number: int,
     first: int = 0,
     before_step: Callable[[Step], None] | None = None,
+    look_out: Callable[[], None] | None = None,
 ) -> None:
     """Do the steps of a group from `first` on, each announced in the journal.
+
+    `look_out` raises when something has come that forbids the merge. It is called before
+    the result takes its place, and before the first image is deleted.
 
     Raises: `FailedMidway`, `KeyboardInterrupt`; the group is put back then as far as it
         was not switched, and the journal stays only if something is left to recover.
     """
     steps = run.record.steps
+    looked: set[type[Step]] = set()
     try:
         for index in range(first, len(steps)):
             journal.write(number, index)
             if before_step is not None:
                 before_step(steps[index])
+            if look_out is not None and _commits_to(steps[index], run) - looked:
+                look_out()
+                looked |= _commits_to(steps[index], run)
             run.perform(steps[index])
     except (KeyboardInterrupt, OSError, QchainError) as error:
         whole = run.put_back()
@@ -79,6 +89,27 @@ def run_group(
         raise FailedMidway(error.what, error.why, way) from None
     finally:
         run.close()
+
+
+def _commits_to(step: Step, run: GroupRun) -> set[type[Step]]:
+    """The kind of a step after which there is no way back; empty for the others."""
+    names = {known.path for known in run.record.layers}
+    final = (
+        isinstance(step, Rename)
+        or (isinstance(step, Unlink) and step.path in names)
+        or (isinstance(step, Command) and step.argv[:2] == ("rebase", "-u"))
+    )
+    return {type(step)} if final else set()
+
+
+def _alone(plan: Plan, first: int = 0) -> None:
+    """Raise `Refused` when an overlay outside the plan backs on what groups from `first` change.
+
+    It may have been made after the plan: while a person thought, or while qemu-img worked.
+    """
+    groups = [group.group for group in plan.groups[first:]]
+    for line in overlay_refusals(plan.layers, groups, plan.options):
+        raise Refused("merge", line, "")
 
 
 def _unchanged(layers: Sequence[Layer]) -> None:
@@ -127,11 +158,13 @@ def execute(
         merged = [layers[index] for group in plan.groups for index in group.group.members]
         with sole(layers[0].path), ChainLocks(layers, merged) as locks:
             _unchanged(layers)
+            _alone(plan)
             journal = Journal.begin(plan)
             for number, (group, record) in enumerate(zip(plan.groups, journal.groups, strict=True)):
                 held = layers[group.group.kept :]
                 run = GroupRun(record, held, mode, qemu, observer, locks)
-                run_group(run, journal, number, 0, before_step)
+                look_out = partial(_alone, plan, number)
+                run_group(run, journal, number, 0, before_step, look_out)
                 if run.comparison is not None:
                     compared += run.comparison.compared_bytes
                     verified = verified and run.comparison.identical

@@ -17,7 +17,7 @@ from qchain.chain.layer import Layer, Qcow2Layer, RawLayer
 from qchain.chain.names import resolve_name
 from qchain.errors import FailedMidway, QchainError
 from qchain.hostfile import HostFile
-from qchain.plan.commands import rebase_unsafe_argv
+from qchain.plan.commands import rebase_unsafe_argv, unlocked_argv
 from qchain.plan.steps import (
     Command,
     Compare,
@@ -36,12 +36,13 @@ from qchain.plan.steps import (
 from qchain.plan.traffic import commit_granularity
 from qchain.qcow2.header import read_header
 from qchain.run.attributes import take_attributes
-from qchain.run.durable import fsync_directory, fsync_file
+from qchain.run.durable import fsync_directory, fsync_file, fsync_open
 from qchain.run.journal import GroupRecord
 from qchain.run.locking import ChainLocks
+from qchain.run.private import make_private, open_private
 from qchain.run.qemu_img import QemuImg
 from qchain.verify.compare import Comparison, compare
-from qchain.verify.frozen import freeze, frozen_view, open_rescued, rescue
+from qchain.verify.frozen import freeze, frozen_view, map_digest, open_rescued, rescue
 
 __all__ = ["GroupRun", "Observer"]
 
@@ -80,6 +81,7 @@ class GroupRun:
         self.comparison: Comparison | None = None
         self.opened: list[HostFile] = []
         self.made: list[Path] = []
+        self.links: list[tuple[Path, Path]] = []
         self.names = {known.path for known in record.layers}
         self.pulling = False
         self.switched = False
@@ -93,25 +95,27 @@ class GroupRun:
                 self._freeze(into)
             case Compare():
                 self._compare(step)
-            case Confirm(image, backing):
-                self._confirm(image, backing)
+            case Confirm(image, backing, fmt):
+                self._confirm(image, backing, fmt)
                 self.switched = self.switched or image == self.t_path
             case MakeDirectory(path):
-                path.mkdir(mode=0o700, exist_ok=True)
+                make_private(path)
                 self.made.append(path)
             case RemoveDirectory(path):
                 with contextlib.suppress(FileNotFoundError):
                     path.rmdir()
             case HardLink(existing, link):
-                if not (link.exists() and link.samefile(existing)):
+                if not (os.path.lexists(link) and os.path.samestat(link.lstat(), existing.stat())):
                     os.link(existing, link, follow_symlinks=False)
-                self._note(link)
+                self._note_link(existing, link)
             case SymbolicLink(target, link):
                 if not (link.is_symlink() and link.readlink() == target):
                     link.symlink_to(target)
                 self._note(link)
             case TakeAttributes(source, target):
-                if source.exists() and target.exists() and not source.samefile(target):
+                if target not in self.names:
+                    _open_to_all_of(source, target)
+                elif source.exists() and target.exists() and not source.samefile(target):
                     take_attributes(source, target)
             case Sync(path):
                 self._sync(path)
@@ -128,12 +132,27 @@ class GroupRun:
         if path.parent in self.made:
             self.made.append(path)
 
+    def _note_link(self, existing: Path, link: Path) -> None:
+        """A further name that we gave; it goes again when the group is put back."""
+        if link.parent in self.made:
+            self.made.append(link)
+        else:
+            self.links.append((existing, link))
+
     def _sync(self, path: Path) -> None:
         if path.is_dir():
             fsync_directory(path)
         elif path.exists() or not self.switched:
             # A repeated step may come after the file got its other name.
-            fsync_file(path)
+            self._flush(path)
+
+    def _flush(self, path: Path) -> None:
+        """Through the descriptor that we had before qemu-img wrote, if there is one."""
+        for layer in self.locks.layers:
+            if _is_file(path, layer.file):
+                fsync_open(layer.file.fd, path)
+                return
+        fsync_file(path)
 
     def _rename(self, old: Path, new: Path) -> None:
         if old.exists() or not self._is_target(new):
@@ -153,16 +172,39 @@ class GroupRun:
         verb = step.argv[0]
         self.switched = self.switched or self._repoints_above(step)
         if verb == "create":
-            self.made.append(_created(step))
-        elif verb == "rebase" and "-u" not in step.argv:
+            self._create(step)
+            return
+        if verb == "rebase" and "-u" not in step.argv:
             self._before_pull()
         between = self.layers[1 : self.record.target] if step.commits else ()
-        with self.locks.handed_over(step.writes, between):
+        named = step.writes[-1]
+        # Neither a commit that keeps its top nor a change of names touches the map of it.
+        stays = step.commits or "-u" in step.argv
+        before = map_digest(named) if stays else None
+        with self.locks.handed_over(step.writes, between, named) as held:
             self.qemu.run(
-                step.argv,
+                unlocked_argv(step.argv) if held else step.argv,
                 progress=lambda part: self.observer.advance(int(part * step.weight), step.weight),
                 cwd=step.cwd,
+                pass_fds=held,
             )
+        if before is not None and map_digest(named) != before:
+            raise FailedMidway(
+                named, f"its map or length changed while 'qemu-img {verb}' ran, which must not be"
+            )
+
+    def _create(self, step: Command) -> None:
+        """Make an alias: by a descriptor, for whoever owns the directory may swap the name."""
+        path = _created(step)
+        fd = open_private(path)
+        self.made.append(path)
+        try:
+            argv = [*step.argv[:-2], f"/proc/self/fd/{fd}", step.argv[-1]]
+            self.qemu.run(argv, cwd=step.cwd, pass_fds=(fd,))
+        finally:
+            os.close(fd)
+        with HostFile(path) as file:
+            read_header(file)
 
     def _repoints_above(self, step: Command) -> bool:
         """What backs on the kept image is led to the result: from here on only forward."""
@@ -220,8 +262,11 @@ class GroupRun:
             raise FailedMidway(
                 step.new, f"has {new.size} bytes after the merge, not {self.old[0].size}"
             )
+        old = list(self.old)
+        if self.record.target > 0:
+            old[0] = self._fresh(old[0])
         self.comparison = compare(
-            self.old,
+            old,
             [new, *self.below],
             everything=self.verify == "full",
             progress=self.observer.advance,
@@ -233,11 +278,22 @@ class GroupRun:
                 f"({self.comparison.different_bytes} bytes differ); nothing was deleted",
             )
 
-    def _confirm(self, image: Path, backing: Path | None) -> None:
+    def _fresh(self, layer: Layer) -> Layer:
+        """The kept image as it is now: where others were let in, more may be mapped by now."""
+        file = HostFile(layer.path)
+        self.opened.append(file)
+        header = read_header(file)
+        if file.id != layer.file.id or header.size != layer.size:
+            raise FailedMidway(layer.path, "is not what it was when the merge began")
+        header.require_readable(layer.path)
+        return Qcow2Layer(layer.path, file, header)
+
+    def _confirm(self, image: Path, backing: Path | None, fmt: str | None) -> None:
         if not image.exists() and self.switched:
             return  # repeated after the rename
         with HostFile(image) as file:
-            name = read_header(file).backing_name
+            header = read_header(file)
+        name = header.backing_name
         found = None if name is None else resolve_name(name, image)
         same = (
             found is None
@@ -247,6 +303,12 @@ class GroupRun:
         if not same:
             raise FailedMidway(
                 image, f"its header names {name!r} as backing file after 'rebase -u': wrong"
+            )
+        if backing is not None and header.backing_format != fmt:
+            raise FailedMidway(
+                image,
+                f"its header records {header.backing_format!r} as format of its backing file after "
+                f"'rebase -u', not {fmt!r}",
             )
 
     # --- going on and going back ----------------------------------------------------
@@ -275,7 +337,9 @@ class GroupRun:
                 self.made += [into, into.with_name("rescued")]
                 if done and into.exists() and self.layers:
                     self._look_back(into)
-            case HardLink(_, link) | SymbolicLink(_, link):
+            case HardLink(existing, link):
+                self._note_link(existing, link)
+            case SymbolicLink(_, link):
                 self._note(link)
             case Command(argv) if argv[0] == "create":
                 self.made.append(_created(step))
@@ -291,10 +355,10 @@ class GroupRun:
         assert self.record.present is not None
         name, fmt = self.record.present
         argv = rebase_unsafe_argv(self.t_path, "qcow2", name, fmt)
-        with self.locks.handed_over((self.t_path,), ()):
-            self.qemu.run(argv)
-        fsync_file(self.t_path)
-        self._confirm(self.t_path, self.record.layers[self.record.target + 1].path)
+        with self.locks.handed_over((self.t_path,), (), self.t_path) as held:
+            self.qemu.run(unlocked_argv(argv) if held else argv, pass_fds=held)
+        self._flush(self.t_path)
+        self._confirm(self.t_path, self.record.layers[self.record.target + 1].path, fmt)
 
     def put_back(self) -> bool:
         """Undo what was not switched, remove work files; whether that succeeded. Never raises."""
@@ -305,6 +369,10 @@ class GroupRun:
                 self.restore_backing()
             except (QchainError, OSError):
                 return False  # the aliases must stay: the header may still name them
+        for existing, link in self.links:
+            with contextlib.suppress(OSError):
+                if link.samefile(existing):
+                    link.unlink()
         for path in reversed(self.made):
             with contextlib.suppress(OSError):
                 if path.is_dir() and not path.is_symlink():
@@ -325,6 +393,23 @@ class GroupRun:
             return False
         known = self.record.layers[self.record.target]
         return (status.st_dev, status.st_ino) == (known.device, known.inode)
+
+
+def _is_file(path: Path, file: HostFile) -> bool:
+    """Whether `path` names the open `file`."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fd))
+    except OSError:
+        return False
+
+
+def _open_to_all_of(source: Path, alias: Path) -> None:
+    """Whoever may open `source` may open `alias`, which holds no data but a name."""
+    try:
+        take_attributes(source, alias)
+    except FailedMidway:
+        # Who is not the owner of `source` cannot give it away.
+        alias.chmod(0o644)
 
 
 def _created(step: Command) -> Path:

@@ -11,7 +11,15 @@ from pathlib import Path
 from qchain.chain.layer import Layer
 from qchain.errors import Refused
 from qchain.hostfile import HostFile
-from qchain.run.locks import hold_reader, hold_writer, holder_name, keep_unshared, probe, release
+from qchain.run.locks import (
+    hold_reader,
+    hold_writer,
+    holder_name,
+    keep_unshared,
+    probe,
+    release,
+    step_down,
+)
 
 __all__ = ["ChainLocks", "sole"]
 
@@ -56,19 +64,37 @@ class ChainLocks:
                 release(layer.file.fd)
 
     @contextmanager
-    def handed_over(self, writes: Iterable[Path], between: Iterable[Layer]) -> Iterator[None]:
-        """Let qemu-img open `writes` for writing, and pass the layers `between` (commit)."""
+    def handed_over(
+        self, writes: Iterable[Path], between: Iterable[Layer], named: Path | None = None
+    ) -> Iterator[tuple[int, ...]]:
+        """Let qemu-img write to `writes`, and pass the layers `between` (commit).
+
+        `named`, one of `writes`, is not released: we hold a writer's locks on it, for
+        qemu-img, from before it begins until after it has ended. It must take none itself
+        (`unlocked_argv`), and gets the descriptors given here: so the locks last as long
+        as it does, even if we are killed. None are given where there are no locks.
+
+        Raises `Refused` on leaving when somebody got hold of what was released.
+        """
+        kept: list[Layer] = []
         given = [layer for layer in self.layers if _is_any(layer, writes)]
+        if named is not None:
+            kept = [layer for layer in given if _is_any(layer, [named]) and _has_locks(layer)]
+            given = [layer for layer in given if layer not in kept]
         passed = list(between)
+        for layer in kept:
+            hold_writer(layer.file.fd)
         for layer in passed:
             keep_unshared(layer.file.fd)
         for layer in given:
             release(layer.file.fd)
         try:
-            yield
+            yield tuple(layer.file.fd for layer in kept)
         finally:
+            for layer in kept:
+                step_down(layer.file.fd)
             for layer in (*given, *passed):
-                if probe(layer.file.fd).known:
+                if _has_locks(layer):
                     hold_reader(layer.file.fd)
 
     def before_switch(self, kept: HostFile) -> None:
@@ -99,6 +125,10 @@ def sole(active: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def _has_locks(layer: Layer) -> bool:
+    return probe(layer.file.fd).known
 
 
 def _is_any(layer: Layer, names: Iterable[Path]) -> bool:

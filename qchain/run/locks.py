@@ -35,6 +35,7 @@ __all__ = [
     "keep_unshared",
     "probe",
     "release",
+    "step_down",
 ]
 
 _HAS, _DENIES = 100, 200
@@ -93,6 +94,11 @@ def hold_writer(fd: int) -> None:
 def release(fd: int) -> None:
     """Give all up."""
     _set(fd, fcntl.F_UNLCK, (base + p for base in (_HAS, _DENIES) for p in _ALL))
+
+
+def step_down(fd: int) -> None:
+    """Be a reader again, after `hold_writer`."""
+    _set(fd, fcntl.F_UNLCK, (_HAS + _WRITE, _HAS + _RESIZE))
 
 
 def keep_unshared(fd: int) -> None:

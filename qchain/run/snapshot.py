@@ -16,9 +16,10 @@ from pathlib import Path
 
 from qchain.chain.chain import Chain, open_chain
 from qchain.chain.gate import Gate
-from qchain.chain.scan import WORK_PREFIX, overlays_in
+from qchain.chain.scan import WORK_PREFIX
 from qchain.errors import FailedMidway, Refused, UsageError
 from qchain.plan.commands import create_empty_argv
+from qchain.plan.refusals import stranger_refusals
 from qchain.run.attributes import take_attributes
 from qchain.run.durable import fsync_directory, fsync_file
 from qchain.run.locking import ChainLocks, sole
@@ -96,12 +97,11 @@ def _require_fit(chain: Chain, path: Path, new: Path, keep_active_name: bool) ->
     status = path.stat()
     if status.st_nlink > (2 if repeated else 1):
         raise Refused(path, "has other names (hard links)", "remove them first")
-    for other in overlays_in([path.parent]):
-        if other.backing_id == live.file.id:
-            raise Refused(
-                other.path, f"backs on {path.name}, whose content would go on changing under it",
-                "leave out --keep-active-name, or re-point that overlay first",
-            )  # fmt: skip
+    own = {layer.file.id for layer in chain.layers}
+    strangers = stranger_refusals({live.file.id: path}, own, [path.parent])
+    if strangers:
+        what, _, why = strangers[0].partition(": ")
+        raise Refused(what, why.partition("; ")[0], "re-point it, or leave out --keep-active-name")
 
 
 def _require_equal(chain: Chain, draft: Path) -> None:

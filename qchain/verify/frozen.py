@@ -8,9 +8,11 @@ partly overwrites (qemu frees them at once), is copied out beforehand.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +25,24 @@ from qchain.qcow2.entries import NO_HOST, Kind
 from qchain.qcow2.header import Header, read_header
 from qchain.qcow2.tables import MapTables
 
-__all__ = ["freeze", "frozen_view", "open_rescued", "rescue"]
+__all__ = ["freeze", "frozen_view", "map_digest", "open_rescued", "rescue"]
+
+
+def map_digest(path: Path) -> bytes:
+    """A digest of what a change of names in the header of `path` must leave as it is.
+
+    Which file it is, its virtual size, the L1 table and its place, the length (but qemu
+    writes bitmaps anew whenever it closes an image).
+    Raises: `ImageError` when it cannot be read.
+    """
+    with HostFile(path) as file:
+        header = read_header(file)
+        length = 0 if header.bitmaps_extension is not None else file.size
+        table = (header.l1_table_offset, header.l1_size)
+        told = (file.id, header.size, table, header.nb_snapshots, length)
+        digest = hashlib.sha256(repr(told).encode())
+        digest.update(file.pread(header.l1_table_offset, header.l1_size * 8))
+    return digest.digest()
 
 
 def freeze(layer: Qcow2Layer, into: Path) -> None:
@@ -38,8 +57,7 @@ def freeze(layer: Qcow2Layer, into: Path) -> None:
     l1 = layer.tables.l1
     room = -(-max(len(l1) * 8, 1) // cluster) * cluster
     new = np.zeros(len(l1), np.uint64)
-    descriptor = os.open(into, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as out:
+    with _new_file(into) as out:
         first = bytearray(layer.file.pread(0, cluster).ljust(cluster, b"\0"))
         first[40:48] = cluster.to_bytes(8, "big")  # l1_table_offset
         out.write(first)
@@ -54,6 +72,13 @@ def freeze(layer: Qcow2Layer, into: Path) -> None:
         out.truncate(position)
         out.flush()
         os.fsync(out.fileno())
+
+
+def _new_file(path: Path) -> BinaryIO:
+    """`path`, made anew: never a file, or where a link leads, that somebody has put there."""
+    path.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, 0o600), "wb")
 
 
 def frozen_view(layer: Qcow2Layer, copy: Path) -> Qcow2Layer:
@@ -147,8 +172,7 @@ def rescue(view: Sequence[Layer], target: int, granularity: int, into: Path) -> 
     found = np.unique(np.concatenate(risky)) if risky else np.zeros(0, np.int64)
     if not len(found):
         return
-    descriptor = os.open(into, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as out:
+    with _new_file(into) as out:
         out.write(np.array([len(found), *found.tolist()], "<i8").tobytes())
         out.seek(_data_start(len(found), cluster))
         for index in found.tolist():
