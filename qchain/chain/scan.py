@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,15 @@ from qchain.hostfile import FileId, HostFile
 from qchain.qcow2.foreign import is_qcow2
 from qchain.qcow2.header import read_header
 
-__all__ = ["JOURNAL_SUFFIX", "WORK_PREFIX", "Overlay", "identity", "overlays_in", "unfinished"]
+__all__ = [
+    "JOURNAL_SUFFIX",
+    "WORK_PREFIX",
+    "Overlay",
+    "identity",
+    "journal_names",
+    "overlays_in",
+    "unfinished",
+]
 
 WORK_PREFIX = ".qchain-"
 """Names of our own work directories and aliases; scans pass over them."""
@@ -83,7 +92,10 @@ def _overlay(path: Path) -> Overlay | None:
 
 
 def unfinished(directories: Iterable[Path]) -> list[Path]:
-    """The journals in the directories themselves: merges that are not finished."""
+    """The journals in the directories themselves: merges that are not finished.
+
+    Pointers to a journal in another directory (see `qchain.run.journal`) count.
+    """
     found = {
         path
         for directory in directories
@@ -91,3 +103,17 @@ def unfinished(directories: Iterable[Path]) -> list[Path]:
         if path.is_file()
     }
     return sorted(found)
+
+
+def journal_names(journal: Path) -> set[str] | None:
+    """The images that a journal, or the one it points to, names; None: it cannot be told.
+
+    It is only looked at here; whether it is to be believed is decided by who acts on it.
+    """
+    try:
+        stored = json.loads(journal.read_bytes())
+        if "see" in stored:
+            stored = json.loads(Path(stored["see"]).read_bytes())
+        return {str(layer["path"]) for layer in stored["layers"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from qchain.chain.layer import Layer
 from qchain.chain.names import resolve_backing
-from qchain.chain.scan import identity, overlays_in, unfinished
+from qchain.chain.scan import identity, journal_names, overlays_in, unfinished
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
 
@@ -110,22 +109,12 @@ def overlay_refusals(
 
 def unfinished_refusals(layers: Sequence[Layer]) -> list[str]:
     """Merges in the chain's directories that were stopped and not finished."""
-    names = {str(layer.path.absolute()) for layer in layers}
+    names = {os.path.normpath(layer.path.absolute()) for layer in layers}
     return [
         f"{path}: a merge of this chain is not finished; 'qchain recover {path.parent}' first"
         for path in unfinished({layer.path.absolute().parent for layer in layers})
-        if _concerns(path, names)
+        if (known := journal_names(path)) is None or not names.isdisjoint(known)
     ]
-
-
-def _concerns(journal: Path, names: set[str]) -> bool:
-    """Whether a journal names one of the files; one that cannot be read might."""
-    try:
-        groups = json.loads(journal.read_bytes())["groups"]
-        listed = {layer["path"] for group in groups for layer in group["layers"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return True
-    return not names.isdisjoint(listed)
 
 
 def space_refusals(needs: Sequence[tuple[Path, int]]) -> list[str]:

@@ -15,7 +15,8 @@ from typing import Protocol
 
 from qchain.chain.layer import Layer, Qcow2Layer, RawLayer
 from qchain.chain.names import resolve_name
-from qchain.errors import FailedMidway, QchainError
+from qchain.chain.scan import WORK_PREFIX
+from qchain.errors import FailedMidway, QchainError, Refused
 from qchain.hostfile import HostFile
 from qchain.plan.commands import rebase_unsafe_argv
 from qchain.plan.steps import (
@@ -37,7 +38,8 @@ from qchain.plan.traffic import commit_granularity
 from qchain.qcow2.header import read_header
 from qchain.run.attributes import take_attributes
 from qchain.run.durable import fsync_directory, fsync_file
-from qchain.run.journal import GroupRecord
+from qchain.run.identity import state_of
+from qchain.run.journal import GroupRecord, Journal, LayerRecord
 from qchain.run.locking import ChainLocks
 from qchain.run.qemu_img import QemuImg
 from qchain.verify.compare import Comparison, compare
@@ -69,7 +71,7 @@ class GroupRun:
         locks: ChainLocks,
     ) -> None:
         """`layers`: the open files of `record.layers`, the kept image first; none where
-        only steps are left that change names."""
+        only steps are left that change names. `locks` hold all files that there are."""
         self.record, self.layers, self.verify = record, layers, verify
         self.qemu, self.observer, self.locks = qemu, observer, locks
         self.t = layers[record.target] if layers else None
@@ -79,9 +81,10 @@ class GroupRun:
         self.below: list[Layer] = [] if record.below is None else list(layers[record.below :])
         self.comparison: Comparison | None = None
         self.opened: list[HostFile] = []
+        self.journal: Journal | None = None
         self.made: list[Path] = []
+        self.links: list[tuple[Path, Path]] = []
         self.names = {known.path for known in record.layers}
-        self.pulling = False
         self.switched = False
 
     def perform(self, step: Step) -> None:
@@ -95,7 +98,6 @@ class GroupRun:
                 self._compare(step)
             case Confirm(image, backing):
                 self._confirm(image, backing)
-                self.switched = self.switched or image == self.t_path
             case MakeDirectory(path):
                 path.mkdir(mode=0o700, exist_ok=True)
                 self.made.append(path)
@@ -105,7 +107,7 @@ class GroupRun:
             case HardLink(existing, link):
                 if not (link.exists() and link.samefile(existing)):
                     os.link(existing, link, follow_symlinks=False)
-                self._note(link)
+                self._note_link(existing, link)
             case SymbolicLink(target, link):
                 if not (link.is_symlink() and link.readlink() == target):
                     link.symlink_to(target)
@@ -117,8 +119,9 @@ class GroupRun:
                 self._sync(path)
             case Rename(old, new):
                 self._rename(old, new)
+            case Unlink(path) if path in self.names:
+                self._unlink(path)
             case Unlink(path):
-                self.switched = self.switched or path in self.names
                 path.unlink(missing_ok=True)
 
     # --- the steps -----------------------------------------------------------------
@@ -128,6 +131,38 @@ class GroupRun:
         if path.parent in self.made:
             self.made.append(path)
 
+    def _note_link(self, existing: Path, link: Path) -> None:
+        """A further name that we gave; it goes again when the group is put back."""
+        if link.parent in self.made:
+            self.made.append(link)
+        else:
+            self.links.append((existing, link))
+
+    def _held(self, path: Path) -> HostFile | None:
+        """The file that `path` names now, which we have open; None where it names nothing.
+
+        Names are not enough to rename and to delete by. Raises `Refused` when it is a
+        file that we do not know.
+        """
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            return None
+        for layer in self.locks.layers:
+            if os.path.samestat(status, os.fstat(layer.file.fd)):
+                return layer.file
+        raise Refused(
+            path, "is another file than the one that the merge knows", "put it under another name"
+        )
+
+    def _expected(self, path: Path, known: LayerRecord) -> HostFile | None:
+        file = self._held(path)
+        if file is not None and file.id != known.id:
+            raise Refused(
+                path, f"is not the file that was {known.path.name}", "put it under another name"
+            )
+        return file
+
     def _sync(self, path: Path) -> None:
         if path.is_dir():
             fsync_directory(path)
@@ -136,17 +171,29 @@ class GroupRun:
             fsync_file(path)
 
     def _rename(self, old: Path, new: Path) -> None:
-        if old.exists() or not self._is_target(new):
+        target = self.record.layers[self.record.target]
+        if self._expected(old, target) is None:
+            if not self._is_target(new):
+                raise FailedMidway(old, "is missing")
+            return  # it was done before
+        over = next(known for known in self.record.layers if known.path == new)
+        for known in (over, self.record.layers[0]):
+            # Nobody may have open what is replaced, nor what backed on it.
+            file = self._expected(known.path, known)
+            if file is not None:
+                self.locks.before_switch(file)
+        self.switched = True
+        old.rename(new)
+
+    def _unlink(self, path: Path) -> None:
+        """Delete an image, if the name is still that of the file that was dropped."""
+        known = next(known for known in self.record.layers if known.path == path)
+        file = self._expected(path, known)
+        if file is not None:
+            self.locks.before_switch(file)
             self.switched = True
-            with contextlib.ExitStack() as stack:
-                if self.layers:
-                    kept = self.layers[0].file
-                elif new.exists():
-                    kept = stack.enter_context(HostFile(new))
-                else:
-                    kept = stack.enter_context(HostFile(old))
-                self.locks.before_switch(kept)
-                old.rename(new)
+            path.unlink()
+        self.switched = True
 
     def _command(self, step: Command) -> None:
         self.observer.step(step.label, step.weight)
@@ -156,8 +203,9 @@ class GroupRun:
             self.made.append(_created(step))
         elif verb == "rebase" and "-u" not in step.argv:
             self._before_pull()
-        between = self.layers[1 : self.record.target] if step.commits else ()
-        with self.locks.handed_over(step.writes, between):
+        passed = {known.id for known in self.record.layers[1 : self.record.target]}
+        between = [layer for layer in self.locks.layers if layer.file.id in passed]
+        with self.locks.handed_over(step.writes, between if step.commits else ()):
             self.qemu.run(
                 step.argv,
                 progress=lambda part: self.observer.advance(int(part * step.weight), step.weight),
@@ -173,11 +221,7 @@ class GroupRun:
 
         qemu-img would take the alias for the new backing and pull nothing.
         """
-        self.pulling = True
-        assert self.record.present is not None
-        with HostFile(self.t_path) as file:
-            name = read_header(file).backing_name
-        if name != self.record.present[0]:
+        if self._led_away():
             self.restore_backing()
 
     def _freeze(self, into: Path) -> None:
@@ -275,14 +319,12 @@ class GroupRun:
                 self.made += [into, into.with_name("rescued")]
                 if done and into.exists() and self.layers:
                     self._look_back(into)
-            case HardLink(_, link) | SymbolicLink(_, link):
+            case HardLink(existing, link):
+                self._note_link(existing, link)
+            case SymbolicLink(_, link):
                 self._note(link)
             case Command(argv) if argv[0] == "create":
                 self.made.append(_created(step))
-            case Command(argv) if argv[0] == "rebase" and "-u" not in argv:
-                self.pulling = True
-            case Confirm(image) if image == self.t_path and done:
-                self.switched = True
             case _:
                 pass
 
@@ -291,20 +333,38 @@ class GroupRun:
         assert self.record.present is not None
         name, fmt = self.record.present
         argv = rebase_unsafe_argv(self.t_path, "qcow2", name, fmt)
+        if self.journal is not None:
+            self.journal.write(self.journal.group, self.journal.step, (self.t_path,))
         with self.locks.handed_over((self.t_path,), ()):
             self.qemu.run(argv)
         fsync_file(self.t_path)
         self._confirm(self.t_path, self.record.layers[self.record.target + 1].path)
 
+    def _led_away(self) -> bool:
+        """Whether the target's header names another backing file than before the merge."""
+        if self.record.present is None or self.record.layers[self.record.target].format != "qcow2":
+            return False
+        with HostFile(self.t_path) as file:
+            name = read_header(file).backing_name
+            if file.id == self.record.layers[self.record.target].id:
+                return name != self.record.present[0]
+        if name is not None and WORK_PREFIX in name:
+            raise FailedMidway(self.t_path, "is another file, and backs on a work file")
+        return False  # another file: not ours to change
+
     def put_back(self) -> bool:
         """Undo what was not switched, remove work files; whether that succeeded. Never raises."""
         if self.switched:
             return False
-        if self.pulling:
-            try:
+        try:
+            if self._led_away():
                 self.restore_backing()
-            except (QchainError, OSError):
-                return False  # the aliases must stay: the header may still name them
+        except (QchainError, OSError):
+            return False  # the aliases must stay: the header may still name them
+        for existing, link in self.links:
+            with contextlib.suppress(OSError):
+                if link.samefile(existing):
+                    link.unlink()
         for path in reversed(self.made):
             with contextlib.suppress(OSError):
                 if path.is_dir() and not path.is_symlink():
@@ -313,18 +373,33 @@ class GroupRun:
                     path.unlink(missing_ok=True)
         return not any(os.path.lexists(path) for path in self.made)
 
+    def altered(self, index: int) -> list[Path]:
+        """The dropped points that read otherwise than before, if the merge ends at step `index`.
+
+        A commit writes to the target: what shows through it, and is no kept point, changes.
+        """
+        steps = self.record.steps
+        commit = next(
+            (n for n, step in enumerate(steps) if isinstance(step, Command) and step.commits), None
+        )
+        if commit is None or index < commit:
+            return []
+        known = self.record.layers[self.record.target]
+        if index <= commit + 1:
+            # It may not have come to the first write: then the file is as it was noted.
+            with contextlib.suppress(QchainError, OSError), HostFile(self.t_path) as file:
+                if file.id == known.id and state_of(file) == known.state:
+                    return []
+        return [record.path for record in self.record.layers[1 : self.record.target + 1]]
+
     def close(self) -> None:
         """Close what was opened for this group alone."""
         for file in self.opened:
             file.close()
 
     def _is_target(self, path: Path) -> bool:
-        try:
-            status = path.stat()
-        except OSError:
-            return False
-        known = self.record.layers[self.record.target]
-        return (status.st_dev, status.st_ino) == (known.device, known.inode)
+        file = self._held(path)
+        return file is not None and file.id == self.record.layers[self.record.target].id
 
 
 def _created(step: Command) -> Path:
