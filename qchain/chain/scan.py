@@ -106,7 +106,7 @@ def unfinished(directories: Iterable[Path]) -> list[Path]:
 
 
 def journal_names(journal: Path) -> set[str] | None:
-    """The images that a journal, or the one it points to, names; None: it cannot be told.
+    """The images, by real names, of a journal or the one it points to; None: it cannot be told.
 
     It is only looked at here; whether it is to be believed is decided by who acts on it.
     """
@@ -114,6 +114,6 @@ def journal_names(journal: Path) -> set[str] | None:
         stored = json.loads(journal.read_bytes())
         if "see" in stored:
             stored = json.loads(Path(stored["see"]).read_bytes())
-        return {str(layer["path"]) for layer in stored["layers"]}
+        return {os.path.realpath(layer["path"]) for layer in stored["layers"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

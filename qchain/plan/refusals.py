@@ -109,7 +109,7 @@ def overlay_refusals(
 
 def unfinished_refusals(layers: Sequence[Layer]) -> list[str]:
     """Merges in the chain's directories that were stopped and not finished."""
-    names = {os.path.normpath(layer.path.absolute()) for layer in layers}
+    names = {os.path.realpath(layer.path) for layer in layers}
     return [
         f"{path}: a merge of this chain is not finished; 'qchain recover {path.parent}' first"
         for path in unfinished({layer.path.absolute().parent for layer in layers})

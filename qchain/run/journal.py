@@ -34,8 +34,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qchain.chain.layer import Layer
-from qchain.chain.scan import JOURNAL_SUFFIX, WORK_PREFIX, identity
-from qchain.errors import Refused
+from qchain.chain.scan import JOURNAL_SUFFIX, WORK_PREFIX
 from qchain.hostfile import FileId, HostFile
 from qchain.plan.plan import Plan
 from qchain.plan.steps import Step
@@ -106,9 +105,9 @@ class Journal:
         """The journal of a plan, not written yet; the files of the groups are flushed.
 
         Without the flush a power loss could take back the very times by which they are
-        known. Raises `Refused` for an image whose plain name leads elsewhere.
+        known.
         """
-        active = Path(os.path.normpath(plan.layers[0].path.absolute()))
+        active = plan.layers[0].path.absolute()
         for group in plan.groups:
             for index in group.group.members:
                 fsync_file(plan.layers[index].path)
@@ -175,8 +174,13 @@ class Journal:
 
     def pointers(self) -> list[Path]:
         """Where a pointer to this journal belongs: beside the images in other directories."""
-        places = {member.path.parent for group in self.groups for member in group.members}
-        return sorted(place / self.path.name for place in places - {self.path.parent})
+        here = os.path.realpath(self.path.parent)
+        places = {
+            os.path.realpath(member.path.parent)
+            for group in self.groups
+            for member in group.members
+        }
+        return sorted(Path(place, self.path.name) for place in places - {here})
 
     def indices(self, paths: Iterable[Path]) -> set[int]:
         """Which layers the files of these names are, whatever names they were planned under."""
@@ -204,13 +208,8 @@ class Journal:
 
 
 def _record(layer: Layer) -> LayerRecord:
-    # The name as the steps have it: absolute, without "..".
-    path = Path(os.path.normpath(layer.path.absolute()))
-    if identity(path) != layer.file.id:
-        raise Refused(
-            layer.path, "its name goes through a link and '..'", "name the images by real paths"
-        )
-    return LayerRecord(path, layer.format, layer.file.id, state_of(layer.file))
+    # The name as the steps have it.
+    return LayerRecord(layer.path.absolute(), layer.format, layer.file.id, state_of(layer.file))
 
 
 def _id(path: Path) -> FileId | None:

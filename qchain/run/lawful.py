@@ -138,7 +138,7 @@ class _Rule:
 
     def _work(self, path: Path) -> bool:
         """A work file: beside an image, or in a work directory there."""
-        return ".." not in path.parts and (self._beside(path) or self._beside(path.parent))
+        return path.name != ".." and (self._beside(path) or self._beside(path.parent))
 
     def _saved(self, path: Path) -> bool:
         """The further name that --keep-files gives to a replaced file."""

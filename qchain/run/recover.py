@@ -12,6 +12,7 @@ compared again before the image is replaced.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,14 +70,15 @@ def journals_at(where: Path) -> list[Path]:
     if where.is_dir():
         return find_journals([where]) + unwritten(where)
     name = where.absolute()
-    found = [path for path in find_journals([name.parent]) if _concerns(read_journal(path), name)]
+    found = [path for path in find_journals([name.parent]) if _concerns(path, name)]
     if not found and not where.exists():
         raise ImageError(where, "no such file, and no journal names it", "name its directory")
     return found + unwritten(name.parent)
 
 
-def _concerns(journal: Journal, name: Path) -> bool:
-    return name == journal.active or any(name == known.path for known in journal.chain)
+def _concerns(journal: Path, name: Path) -> bool:
+    real = {os.path.realpath(known.path) for known in read_journal(journal).chain}
+    return os.path.realpath(name) in real
 
 
 def recover(

@@ -37,6 +37,9 @@ __all__ = [
     "renumber",
 ]
 
+_BACK = "put back what was there, or try 'qchain recover --back'"
+_ASIDE = "put it under another name, then 'qchain recover' again"
+
 Files = Mapping[Path, HostFile]
 """The names of a chain that lead to something, and the open files."""
 
@@ -137,39 +140,33 @@ def examine(journal: Journal, record: GroupRecord, first: int, files: Files) -> 
     kept, target = record.layers[0], record.layers[record.target]
     content = any(moves_content(step) for step in ahead)
     # As long as the kept image is to be replaced or deleted, it is what a guest may use.
-    live = content or any(_ends(step, kept.path) for step in ahead)
+    own = _id(files, kept.path) == kept.id
+    live = content or (own and any(_ends(step, kept.path) for step in ahead))
+    todo = _BACK if live else _ASIDE
     if content:
         for known in record.layers:
-            _require(files, known)
+            _require(files, known, todo)
+    named = {known.path: known for known in record.members}
     for step in ahead:
+        image = None
         match step:
             case Unlink(path) if path in files:
-                for known in record.members:
-                    if known.path == path:
-                        _require(files, known)
-                        _unchanged(journal, known, files, kept, target)
-            case Rename(old, new):
-                _rename(journal, record, files, old, new)
+                image = named.get(path)
+            case Rename(old, new) if _id(files, new) != target.id:
+                image = named[new]
+                if old == target.path:
+                    _require(files, target, todo)
             case _:
                 pass
-    if not live or record.target == 0 or _id(files, kept.path) != kept.id:
+        if image is not None:
+            _require(files, image, todo)
+            _unchanged(journal, image, files, todo, kept, target)
+    if not live or not own or record.target == 0:
         return False
     for known in record.layers[1 : record.target + 1]:
-        _require(files, known)
-        _unchanged(journal, known, files, kept)
+        _require(files, known, todo)
+        _unchanged(journal, known, files, todo, kept)
     return journal.carrying or _differs(journal, kept, files)
-
-
-def _rename(journal: Journal, record: GroupRecord, files: Files, old: Path, new: Path) -> None:
-    kept, target = record.layers[0], record.layers[record.target]
-    if _id(files, new) == target.id:
-        return  # it was done
-    if old == target.path:
-        _require(files, target)
-    for known in record.members:
-        if known.path == new:
-            _require(files, known)
-            _unchanged(journal, known, files, kept, target)
 
 
 def _ends(step: Step, kept: Path) -> bool:
@@ -182,28 +179,20 @@ def _id(files: Files, path: Path) -> FileId | None:
     return files[path].id if path in files else None
 
 
-def _require(files: Files, known: LayerRecord) -> None:
+def _require(files: Files, known: LayerRecord, todo: str) -> None:
     found = _id(files, known.path)
     if found is None:
-        raise Refused(
-            known.path,
-            "is missing, and the merge is not finished",
-            "put it back under this name, or try 'qchain recover --back'",
-        )
+        raise Refused(known.path, "is missing, and the merge is not finished", todo)
     if found != known.id:
-        raise Refused(
-            known.path,
-            "is another file than the one the merge began with",
-            "put it under another name, or try 'qchain recover --back'",
-        )
+        raise Refused(known.path, "is another file than the one the merge began with", todo)
 
 
-def _unchanged(journal: Journal, known: LayerRecord, files: Files, *but: LayerRecord) -> None:
+def _unchanged(
+    journal: Journal, known: LayerRecord, files: Files, todo: str, *but: LayerRecord
+) -> None:
     if known not in but and _differs(journal, known, files):
         raise Refused(
-            known.path,
-            "has been written to since the merge was stopped, and it was to be dropped",
-            "look what changed it; put it under another name, or try 'qchain recover --back'",
+            known.path, "has changed since the merge was stopped, and was to be dropped", todo
         )
 
 
