@@ -53,7 +53,10 @@ def _followed(path: Path) -> Path:
     stored = _parsed(path)
     if "see" not in stored:
         return path
-    journal = _path(stored["see"])
+    try:
+        journal = _path(stored["see"])
+    except ValueError as error:
+        raise ImageError(path, f"is not a journal of qchain: {error}", _BROKEN) from None
     if not os.path.lexists(journal):
         raise ImageError(
             path,
@@ -72,9 +75,9 @@ def read_journal(path: Path) -> Journal:
     stored = _parsed(path)
     try:
         journal = _journal(path, stored)
-    except (ImageError, Refused):
-        raise
-    except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
+    except ImageError as error:
+        raise ImageError(path, f"is not a journal of qchain: {error.why}", _BROKEN) from None
+    except (ValueError, KeyError, TypeError) as error:
         what = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
         raise ImageError(path, f"is not a journal of qchain: {what}", _BROKEN) from None
     require_lawful(journal)
