@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -151,6 +152,25 @@ def test_a_guest_is_running(disk: Disk, names: str, when: object, back: bool) ->
         assert contents(disk.directory) == before
     recover(journals_at(disk.directory))
     assert raw_of(plan.groups[0].result or image) == disk.points["l2.qcow2"]
+
+
+def test_an_internal_snapshot_was_taken(disk: Disk) -> None:
+    stopped(disk, BOTH, MergeOptions(strategy="commit"), renaming)
+    qemu_img("snapshot", "-c", "mine", disk.active)
+    before = contents(disk.directory)
+    with pytest.raises(Refused, match=r"l2\.qcow2: holds an internal snapshot"):
+        recover(journals_at(disk.directory))
+    assert contents(disk.directory) == before
+    qemu_img("snapshot", "-d", "mine", disk.active)
+    recover(journals_at(disk.directory))
+    assert raw_of(disk.active) == disk.points["l2.qcow2"]
+
+
+def test_the_kept_image_was_made_larger(disk: Disk) -> None:
+    stopped(disk, BOTH, MergeOptions(strategy="commit"), renaming)
+    qemu_img("resize", "-q", "-f", "qcow2", disk.active, "512k")
+    recover(journals_at(disk.directory))
+    assert raw_of(disk.active) == disk.points["l2.qcow2"] + bytes(256 << 10)
 
 
 # --- names that have become other files -----------------------------------------------
@@ -314,3 +334,17 @@ def test_another_device_number_and_another_file(disk: Disk, field: str) -> None:
     with pytest.raises(Refused, match=r"l1\.qcow2"):
         recover([journal])
     assert contents(disk.directory) == before
+
+
+def test_more_images_than_files_may_be_open(tmp_path: Path) -> None:
+    disk = build(tmp_path / "d", ["64k:A", *["[cluster=4k] 4k:B"] * 24])
+    stopped(
+        disk, [path.name for path in disk.paths[:-1]], MergeOptions(strategy="commit"), renaming
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (48, hard))
+    try:
+        recover(journals_at(disk.directory))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    disk.expect({disk.active.name: disk.active.name})

@@ -369,6 +369,17 @@ def test_a_merge_is_running(tmp_path: Path) -> None:
     disk.expect(disk.after(plan))
 
 
+def test_a_merge_of_the_chain_was_stopped_after_planning(disk: Disk) -> None:
+    with open_chain(disk.active) as chain:
+        plan = make_plan(chain, Request(drop=BOTH))
+        assert not plan.refusals
+        stopped(disk, BOTH, MergeOptions(), lambda number, _step: number == 0)
+        before = everything(disk.directory)
+        with pytest.raises(Refused, match="not finished"):
+            execute(plan, chain)
+    assert everything(disk.directory) == before
+
+
 def test_two_recoveries(disk: Disk) -> None:
     """The second comes while the first is at it, from another process."""
     stopped(disk, BOTH, MergeOptions(strategy="both"), renaming)

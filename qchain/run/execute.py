@@ -17,6 +17,7 @@ from qchain.chain.chain import Chain
 from qchain.chain.layer import Layer
 from qchain.errors import FailedMidway, QchainError, Refused
 from qchain.plan.plan import Plan
+from qchain.plan.refusals import unfinished_refusals
 from qchain.plan.steps import Command, Step, Sync
 from qchain.run.group import GroupRun, Observer
 from qchain.run.journal import Journal
@@ -107,7 +108,7 @@ def _way_on(whole: bool, altered: Sequence[Path], todo: str) -> str:
 
 
 def _unchanged(layers: Sequence[Layer]) -> None:
-    """Raise `Refused` when a file is not as it was when the chain was opened.
+    """Raise `Refused` when a file is not as it was when the chain was opened, or in a merge.
 
     Between plan and merge a person may think for an hour, and a guest run.
     """
@@ -124,6 +125,8 @@ def _unchanged(layers: Sequence[Layer]) -> None:
             or (not layer.file.is_block_device and known.st_size != layer.file.size)
         ):
             raise Refused(layer.path, "has changed since it was planned", "plan again")
+    for line in unfinished_refusals(layers):
+        raise Refused("merge", line, "")
 
 
 def execute(

@@ -86,6 +86,7 @@ class GroupRun:
         self.links: list[tuple[Path, Path]] = []
         self.names = {known.path for known in record.layers}
         self.switched = False
+        self.resumed = False
 
     def perform(self, step: Step) -> None:
         """Do one step. Raises `QchainError` or `OSError` when it fails."""
@@ -274,7 +275,9 @@ class GroupRun:
             raise FailedMidway(
                 step.old,
                 f"the merged result differs at guest offset {self.comparison.first_difference} "
-                f"({self.comparison.different_bytes} bytes differ); nothing was deleted",
+                f"({self.comparison.different_bytes} bytes differ); nothing was deleted"
+                + self.resumed
+                * ", and a guest that ran after the stop may be the reason",
             )
 
     def _confirm(self, image: Path, backing: Path | None) -> None:
@@ -297,6 +300,7 @@ class GroupRun:
 
     def resume(self, step: int) -> None:
         """Be as one who has done the steps before `step`."""
+        self.resumed = True
         for index in range(step):
             self.resume_at(index, done=True)
 

@@ -122,7 +122,7 @@ class _Way:
 
 def _one(path: Path, way: _Way) -> Recovered | None:
     """Recover one merge; None when another process has just finished it."""
-    while True:
+    while os.path.lexists(path):
         journal = read_journal(path)
         members = {known.path for group in journal.groups for known in group.members}
         with open_files(journal) as files:
@@ -137,6 +137,7 @@ def _one(path: Path, way: _Way) -> Recovered | None:
                 discard_unwritten(path.with_name(f"{path.name}.new"))
                 renumber(again, files)
                 return _recovered(again, way)
+    return None
 
 
 def _recovered(journal: Journal, way: _Way) -> Recovered:

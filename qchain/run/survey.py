@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +23,7 @@ from qchain.chain.scan import overlays_in
 from qchain.errors import Refused
 from qchain.hostfile import FileId, HostFile
 from qchain.plan.steps import Command, Compare, Freeze, Rename, Step, Unlink
+from qchain.qcow2.header import read_header
 from qchain.run.identity import state_of
 from qchain.run.journal import GroupRecord, Journal, LayerRecord
 
@@ -51,6 +53,7 @@ def open_files(journal: Journal) -> Iterator[Files]:
     Raises: `Refused` where a name has become a link, `ImageError` for what is no file.
     """
     members = {known.path for group in journal.groups for known in group.members}
+    _make_room(len(journal.chain))
     found: dict[Path, HostFile] = {}
     by_id: dict[FileId, HostFile] = {}
     with contextlib.ExitStack() as stack:
@@ -68,23 +71,33 @@ def open_files(journal: Journal) -> Iterator[Files]:
         yield found
 
 
+def _make_room(depth: int) -> None:
+    """Raise the limit of open files: each layer is opened to hold it, and to work with it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * depth + 1024
+    if soft < wanted and soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, wanted), hard))
+
+
 def renumber(journal: Journal, files: Files) -> None:
     """Take over new device numbers: the same files, on a file system mounted anew.
 
     A number is taken over when a file of that inode, size and header has it, and no
     file of the chain still has the old one.
     """
-    by_inode = {file.id.inode: file for file in files.values() if not file.is_block_device}
+    by_inode: dict[int, list[HostFile]] = {}
+    for file in files.values():
+        by_inode.setdefault(file.id.inode, []).append(file)
     present = {file.id for file in files.values()}
     new: dict[int, int] = {}
     for index, known in enumerate(journal.chain):
-        file = by_inode.get(known.id.inode)
         if known.id.device == -1:
             _same_device(journal, index, files.get(known.path))
-        elif file is None or index in journal.unsettled:
             continue
-        elif state_of(file).same_content(known.state):
-            new[known.id.device] = file.id.device
+        for file in by_inode.get(known.id.inode, []):
+            alike = index not in journal.unsettled and state_of(file).same_content(known.state)
+            if alike and not file.is_block_device:
+                new[known.id.device] = file.id.device
     for known in journal.chain:
         if known.id in present:
             new.pop(known.id.device, None)
@@ -166,6 +179,13 @@ def examine(journal: Journal, record: GroupRecord, first: int, files: Files) -> 
     for known in record.layers[1 : record.target + 1]:
         _require(files, known, todo)
         _unchanged(journal, known, files, todo, kept)
+    with HostFile(kept.path) as file:
+        if kept.format == "qcow2" and read_header(file).nb_snapshots:
+            raise Refused(
+                kept.path,
+                "holds an internal snapshot now, which the rest of the merge would lose",
+                "delete it ('qemu-img snapshot -d'), or try 'qchain recover --back'",
+            )
     return journal.carrying or _differs(journal, kept, files)
 
 
