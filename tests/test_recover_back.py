@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from fixtures.oracle import raw_of
 from qchain.errors import FailedMidway, Refused
 from qchain.plan.options import MergeOptions
 from qchain.plan.steps import Command, Step
+from qchain.run.journal import Journal
 from qchain.run.recover import journals_at, recover
 
 BOTH = ("base.qcow2", "l1.qcow2")
@@ -107,6 +109,47 @@ def test_back_until_the_switch(disk: Disk, names: str) -> None:
             assert {p.name for p in made.directory.iterdir()} == {p.name for p in made.paths}
         number += 1
     assert backs > count / 2
+
+
+@pytest.mark.parametrize("moment", ["removing", "removed"])
+@pytest.mark.parametrize("back", [False, True], ids=["forward", "back"])
+@pytest.mark.parametrize("kind", ["commit", "pull", "renaming"])
+def test_going_back_is_killed(disk: Disk, moment: str, back: bool, kind: str) -> None:
+    """The work files are gone in part, or all; the journal is still there."""
+    lines = [*LINES[:2], "64k:E 192k:-", LINES[2]]
+    made = build(disk.directory.parent / "made", lines)
+    pulling = commit_began()
+
+    def when(number: int, step: Step) -> bool:
+        if kind == "commit":
+            return pulling(number, step)
+        if kind == "pull":
+            return isinstance(step, Command) and "--image-opts" in step.argv
+        return renaming(number, step)
+
+    plan = stopped(made, (*BOTH, "l2.qcow2"), MergeOptions(strategy="both"), when)
+    lost = different(made)
+    child = os.fork()
+    if child == 0:
+        holder, name = (Path, "rmdir") if moment == "removing" else (Journal, "remove")
+        setattr(holder, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        recover(journals_at(made.directory), back=True, give_up_dropped=True)
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert raw_of(made.active) == made.points[made.active.name]
+    journals = journals_at(made.directory)
+    assert len(journals) == 1
+    if back:
+        if lost:
+            with pytest.raises(Refused, match="the commit had begun"):
+                recover(journals, back=True)
+        (done,) = recover(journals, back=True, give_up_dropped=True)
+        assert set(lost) <= set(done.altered)
+        assert {p.name for p in made.directory.iterdir()} == {p.name for p in made.paths}
+        assert raw_of(made.active) == made.points[made.active.name]
+    else:
+        recover(journals)
+        made.expect(made.after(plan))
 
 
 def test_the_flag_alone_makes_no_sense(disk: Disk) -> None:

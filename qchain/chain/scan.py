@@ -105,15 +105,22 @@ def unfinished(directories: Iterable[Path]) -> list[Path]:
     return sorted(found)
 
 
-def journal_names(journal: Path) -> set[str] | None:
-    """The images, by real names, of a journal or the one it points to; None: it cannot be told.
+def journal_names(journal: Path) -> tuple[set[str], set[str]] | None:
+    """The images that a journal, or the one it points to, is about, by their real names.
 
-    It is only looked at here; whether it is to be believed is decided by who acts on it.
+    Returns: those of the whole chain, and those of them that are merged; None where it
+        cannot be told. It is only looked at here; whether it is to be believed is decided
+        by who acts on it (`qchain.run.journal_file`).
     """
     try:
         stored = json.loads(journal.read_bytes())
         if "see" in stored:
             stored = json.loads(Path(stored["see"]).read_bytes())
-        return {os.path.realpath(layer["path"]) for layer in stored["layers"]}
+        chain = [os.path.realpath(layer["path"]) for layer in stored["layers"]]
+        merged: set[str] = set()
+        for group in stored["groups"]:
+            kept, below = group["kept"], group["below"]
+            merged.update(chain[kept : None if below is None else kept + below])
+        return set(chain), merged
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

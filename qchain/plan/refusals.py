@@ -107,14 +107,22 @@ def overlay_refusals(
     return out
 
 
-def unfinished_refusals(layers: Sequence[Layer]) -> list[str]:
-    """Merges in the chain's directories that were stopped and not finished."""
-    names = {os.path.realpath(layer.path) for layer in layers}
-    return [
-        f"{path}: a merge of this chain is not finished; 'qchain recover {path.parent}' first"
-        for path in unfinished({layer.path.absolute().parent for layer in layers})
-        if (known := journal_names(path)) is None or not names.isdisjoint(known)
-    ]
+def unfinished_refusals(layers: Sequence[Layer], groups: Sequence[Group]) -> list[str]:
+    """Merges in the chain's directories that were stopped and not finished.
+
+    Those of other chains, which share with it what neither merges, do not matter.
+    """
+    names = [os.path.realpath(layer.path) for layer in layers]
+    merged = {names[index] for group in groups for index in group.members}
+    out = []
+    for path in unfinished({layer.path.absolute().parent for layer in layers}):
+        known = journal_names(path)
+        if known is not None and merged.isdisjoint(known[0]) and known[1].isdisjoint(names):
+            continue
+        out.append(
+            f"{path}: a merge of this chain is not finished; 'qchain recover {path.parent}' first"
+        )
+    return out
 
 
 def space_refusals(needs: Sequence[tuple[Path, int]]) -> list[str]:

@@ -108,7 +108,7 @@ def _way_on(whole: bool, altered: Sequence[Path], todo: str) -> str:
 
 
 def _unchanged(layers: Sequence[Layer]) -> None:
-    """Raise `Refused` when a file is not as it was when the chain was opened, or in a merge.
+    """Raise `Refused` when a file is not as it was when the chain was opened.
 
     Between plan and merge a person may think for an hour, and a guest run.
     """
@@ -125,8 +125,6 @@ def _unchanged(layers: Sequence[Layer]) -> None:
             or (not layer.file.is_block_device and known.st_size != layer.file.size)
         ):
             raise Refused(layer.path, "has changed since it was planned", "plan again")
-    for line in unfinished_refusals(layers):
-        raise Refused("merge", line, "")
 
 
 def execute(
@@ -157,6 +155,8 @@ def execute(
         mine = [layers[0].file, *(layer.file for layer in merged)]
         with sole(files, mine), ChainLocks(layers, merged) as locks:
             _unchanged(layers)
+            for line in unfinished_refusals(layers, [group.group for group in plan.groups]):
+                raise Refused("merge", line, "")
             journal = Journal.begin(plan)
             for number, (group, record) in enumerate(zip(plan.groups, journal.groups, strict=True)):
                 held = layers[group.group.kept :]

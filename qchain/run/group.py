@@ -365,6 +365,8 @@ class GroupRun:
                 self.restore_backing()
         except (QchainError, OSError):
             return False  # the aliases must stay: the header may still name them
+        with contextlib.suppress(QchainError, OSError):
+            self._from_the_start()
         for existing, link in self.links:
             with contextlib.suppress(OSError):
                 if link.samefile(existing):
@@ -377,6 +379,14 @@ class GroupRun:
                     path.unlink(missing_ok=True)
         return not any(os.path.lexists(path) for path in self.made)
 
+    def _from_the_start(self) -> None:
+        """Whoever goes on from here has no work files any more: the first step is the next."""
+        if self.journal is not None:
+            self.journal.altered = bool(self.altered(self.journal.step))
+            self.journal.carrying = False
+            self.journal.settle()
+            self.journal.write(self.journal.group, 0)
+
     def altered(self, index: int) -> list[Path]:
         """The dropped points that read otherwise than before, if the merge ends at step `index`.
 
@@ -386,10 +396,11 @@ class GroupRun:
         commit = next(
             (n for n, step in enumerate(steps) if isinstance(step, Command) and step.commits), None
         )
-        if commit is None or index < commit:
+        before = self.journal is not None and self.journal.altered
+        if commit is None or (index < commit and not before):
             return []
         known = self.record.layers[self.record.target]
-        if index <= commit + 1:
+        if index <= commit + 1 and not before:
             # It may not have come to the first write: then the file is as it was noted.
             with contextlib.suppress(QchainError, OSError), HostFile(self.t_path) as file:
                 if file.id == known.id and state_of(file) == known.state:

@@ -8,14 +8,16 @@ and durably before each step. Format 2:
      "layers": [{"path", "format", "device", "inode", "size", "mtime_ns", "digest"}],
      "groups": [{"kept": k, "target": t, "below": b | null,
                  "present": [name, format] | null, "steps": [..]}],
-     "group": g, "step": s, "unsettled": [index], "carrying": bool}
+     "group": g, "step": s, "unsettled": [index], "carrying": bool,
+     "altered": bool}
 
 `layers`: the whole chain, active first; a group counts its target and its new backing
 from its kept image k. `home`: the inode of the journal's directory. `present`: the target's
 backing name before. Step s of group g may have been done in part, those before it are
 done. Each layer is described as it was when it was last durable and ours; those in
 `unsettled` were being written to. `carrying`: what a guest wrote to the kept image after
-a stop is being taken over into the target.
+a stop is being taken over into the target. `altered`: a commit has written to the target,
+and then the group was put back to its first step.
 
 Where images lie in further directories, each of these has a pointer of the same name:
 
@@ -97,6 +99,7 @@ class Journal:
     home_inode: int = 0
     unsettled: set[int] = field(default_factory=set)
     carrying: bool = False
+    altered: bool = False
     _groups_json: list[dict[str, object]] = field(default_factory=list, repr=False)
     _written: bool = field(default=False, repr=False)
 
@@ -144,8 +147,14 @@ class Journal:
         """Durably: step `step` of group `group` is about to be done, and writes to `writing`."""
         self.group, self.step = group, step
         self.unsettled |= self.indices(writing)
-        document = {**self._head(), "group": group, "step": step,
-                    "unsettled": sorted(self.unsettled), "carrying": self.carrying}  # fmt: skip
+        document = {
+            **self._head(),
+            "group": group,
+            "step": step,
+            "unsettled": sorted(self.unsettled),
+            "carrying": self.carrying,
+            "altered": self.altered,
+        }
         write_durably(self.path, _encoded(document))
         if not self._written:
             for pointer in self.pointers():

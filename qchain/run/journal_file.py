@@ -161,6 +161,7 @@ def _journal(path: Path, stored: dict[str, Any]) -> Journal:
         home_inode=_number(stored["home"]),
         unsettled={_index(each, len(chain)) for each in _list(stored["unsettled"])},
         carrying=bool(stored["carrying"]),
+        altered=bool(stored["altered"]),
     )
 
 

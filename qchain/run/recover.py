@@ -145,7 +145,7 @@ def _recovered(journal: Journal, way: _Way) -> Recovered:
         record = journal.groups[number]
         first = _where_to_begin(record, journal.step) if number == journal.group else 0
         if number != journal.group:
-            journal.group, journal.step = number, 0
+            journal.group, journal.step, journal.altered = number, 0, False
         with open_files(journal) as files:
             layers = layers_of(journal, files)
             merged = [layers[known.id] for known in record.members if known.id in layers]
