@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 import typer.main
 
-from qchain.errors import ExitCode, QchainError, Refused
+from qchain.errors import ExitCode, QchainError, Refused, printable
 
 from .options import LATER, Interrupted
 from .output import NotWritten, OutputClosed, forget_stdout, note, write, write_error
@@ -127,8 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OutputClosed:
         forget_stdout()
         return _CLOSED
-    except (Interrupted, KeyboardInterrupt, typer.Abort):
-        write_error("qchain: interrupted")
+    except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
+        # What was interrupted says what is left, where that matters.
+        write_error(": ".join(["qchain: interrupted", *(printable(each) for each in error.args)]))
         return ExitCode.INTERRUPTED
     except QchainError as error:
         if isinstance(error, NotWritten):

@@ -285,8 +285,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 if isinstance(group, Common):
                     group.check()
             function(**values, **filled)
-        except KeyboardInterrupt:
-            raise Interrupted from None
+        except KeyboardInterrupt as error:
+            raise Interrupted(*error.args) from None
         except BrokenPipeError:
             raise OutputClosed from None
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qchain.errors import UsageError
+
 from .options import Common, command
 from .output import done_already, write, write_json
+
+if TYPE_CHECKING:
+    from qchain.run.recover import Recovered
 
 __all__ = ["recover"]
 
@@ -22,6 +27,13 @@ def recover(
     back: Annotated[
         bool, typer.Option("--back", help="Undo what was not switched yet, instead of finishing.")
     ] = False,
+    give_up_dropped: Annotated[
+        bool,
+        typer.Option(
+            "--give-up-dropped",
+            help="With --back: even where dropped points no longer read as before.",
+        ),
+    ] = False,
 ) -> None:
     """Finish merges that were stopped (exit 0: nothing is left to do)."""
     from qchain.errors import printable
@@ -29,15 +41,28 @@ def recover(
 
     from .merge import ending_in_order
 
+    if give_up_dropped and not back:
+        raise UsageError("--give-up-dropped", "goes with --back only", "add --back")
+
     with ending_in_order(), common.reporter() as reporter:
-        done = recover(journals_at(where), back=back, observer=reporter)
+        done = recover(
+            journals_at(where), back=back, give_up_dropped=give_up_dropped, observer=reporter
+        )
     with done_already("nothing is left to recover"):
         if common.json:
-            write_json(
-                {"recovered": [{"active": str(one.active), "outcome": one.outcome} for one in done]}
-            )
+            write_json({"recovered": [_json(one) for one in done]})
             return
         for one in done:
             write(f"{printable(one.active)}: {one.outcome}\n")
+            for path in one.altered:
+                write(f"{printable(path)}: no longer reads as before the merge\n")
         if not done:
             write("Nothing is unfinished.\n")
+
+
+def _json(one: Recovered) -> dict[str, Any]:
+    return {
+        "active": str(one.active),
+        "outcome": one.outcome,
+        "altered": [str(path) for path in one.altered],
+    }

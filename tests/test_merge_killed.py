@@ -184,7 +184,13 @@ def go_on(disk: Disk, merge: Merge, plan: Plan, scratch: Path, back: bool) -> No
     assert len(journals) <= 1
     if journals and back:
         try:
-            recover(journals, back=True)
+            try:
+                recover(journals, back=True)
+            except Refused as error:
+                # Dropped points are changed already: kept ones still have to be right.
+                if "the commit had begun" not in str(error):
+                    raise
+                recover(journals, back=True, give_up_dropped=True)
         except Refused as error:
             assert "only go forward" in str(error)
         else:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qchain.chain.references import references_of, whereabouts
 from qchain.errors import ImageError
@@ -19,6 +20,7 @@ __all__ = [
     "Overlay",
     "Unseen",
     "identity",
+    "journal_names",
     "overlays_in",
     "unfinished",
     "unfinished_of",
@@ -114,7 +116,10 @@ def _references(path: Path) -> Iterator[Overlay | Unseen]:
 
 
 def unfinished(directories: Iterable[Path]) -> list[Path]:
-    """The journals in the directories themselves: merges that are not finished."""
+    """The journals in the directories themselves: merges that are not finished.
+
+    Pointers to a journal in another directory (see `qchain.run.journal`) count.
+    """
     found: set[Path] = set()
     for directory in directories:
         # Where nothing can be listed no merge of ours can have been.
@@ -128,20 +133,43 @@ def unfinished(directories: Iterable[Path]) -> list[Path]:
 
 
 def unfinished_of(images: Iterable[Path]) -> list[Path]:
-    """The journals beside some images that name one of them: merges to be recovered."""
-    names = {os.path.abspath(image) for image in images}
-    beside = unfinished({Path(name).parent for name in names})
-    return [path for path in beside if _concerns(path, names)]
+    """The journals beside some images that are about one of them: merges to be recovered.
+
+    One that cannot be read might be.
+    """
+    paths = [path.absolute() for path in images]
+    names = {os.path.realpath(path) for path in paths}
+    found = []
+    for journal in unfinished({path.parent for path in paths}):
+        known = journal_names(journal)
+        if known is None or not names.isdisjoint(known[0]):
+            found.append(journal)
+    return found
 
 
-def _concerns(journal: Path, names: set[str]) -> bool:
-    """Whether a journal names one of the files; one that cannot be read might."""
+def journal_names(journal: Path) -> tuple[set[str], set[str]] | None:
+    """The images that a journal, or the one it points to, is about, by their real names.
+
+    Returns: those of the whole chain, and those of them that are merged; None where it
+        cannot be told. It is only looked at here; whether it is to be believed is decided
+        by who acts on it (`qchain.run.journal_file`).
+    """
     try:
-        with HostFile(journal) as file:
-            if file.size > _MAX_JOURNAL:
-                return True
-            document = json.loads(file.pread(0, file.size))
-        listed = {layer["path"] for group in document["groups"] for layer in group["layers"]}
-    except (ImageError, ValueError, KeyError, TypeError, RecursionError):
-        return True
-    return not names.isdisjoint(listed)
+        stored = _document(journal)
+        if "see" in stored:
+            stored = _document(Path(stored["see"]))
+        chain = [os.path.realpath(layer["path"]) for layer in stored["layers"]]
+        merged: set[str] = set()
+        for group in stored["groups"]:
+            kept, below = group["kept"], group["below"]
+            merged.update(chain[kept : None if below is None else kept + below])
+        return set(chain), merged
+    except (ImageError, OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _document(journal: Path) -> Any:
+    with HostFile(journal) as file:
+        if file.size > _MAX_JOURNAL:
+            raise ValueError("too long for a journal")
+        return json.loads(file.pread(0, file.size))

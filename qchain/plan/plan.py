@@ -142,7 +142,7 @@ def make_plan(
     options = options or MergeOptions()
     layers = chain.layers
     groups = groups_of(select(request, layers), len(layers))
-    refusals = unfinished_refusals(layers)
+    refusals = unfinished_refusals(layers, groups)
     refusals += [line for group in groups for line in file_refusals(layers, group)]
     refusals += overlay_refusals(layers, groups, options)
     found: list[tuple[Group, list[Candidate], Candidate | None]] = []

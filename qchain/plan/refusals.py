@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qchain.chain.layer import Layer
 from qchain.chain.names import resolve_backing
-from qchain.chain.scan import Unseen, identity, overlays_in, unfinished_of
+from qchain.chain.scan import Unseen, identity, journal_names, overlays_in, unfinished
 from qchain.hostfile import FileId, mount_id
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
@@ -171,12 +171,22 @@ def stranger_refusals(
     return out
 
 
-def unfinished_refusals(layers: Sequence[Layer]) -> list[str]:
-    """Merges in the chain's directories that were stopped and not finished."""
-    return [
-        f"{path}: a merge of this chain is not finished; 'qchain recover {path.parent}' first"
-        for path in unfinished_of(layer.path for layer in layers)
-    ]
+def unfinished_refusals(layers: Sequence[Layer], groups: Sequence[Group]) -> list[str]:
+    """Merges in the chain's directories that were stopped and not finished.
+
+    Those of other chains, which share with it what neither merges, do not matter.
+    """
+    names = [os.path.realpath(layer.path) for layer in layers]
+    merged = {names[index] for group in groups for index in group.members}
+    out = []
+    for path in unfinished({layer.path.absolute().parent for layer in layers}):
+        known = journal_names(path)
+        if known is not None and merged.isdisjoint(known[0]) and known[1].isdisjoint(names):
+            continue
+        out.append(
+            f"{path}: a merge of this chain is not finished; 'qchain recover {path.parent}' first"
+        )
+    return out
 
 
 def space_refusals(needs: Sequence[tuple[Path, int]]) -> list[str]:

@@ -32,7 +32,8 @@ def step_to_json(step: Step) -> dict[str, object]:
 def step_from_json(stored: object) -> Step:
     """The step that `step_to_json` gave. Raises `ImageError` for anything else."""
     try:
-        assert isinstance(stored, dict)
+        if not isinstance(stored, dict):
+            raise TypeError("not an object")
         values = dict(stored)
         kind = _KINDS[values.pop("step")]
         for name, value in values.items():
@@ -43,6 +44,6 @@ def step_from_json(stored: object) -> Step:
             elif name == "argv":
                 values[name] = tuple(value)
         made: Step = kind(**values)
-    except (AssertionError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ImageError("journal", f"holds no step of a merge: {error}", "") from None
     return made

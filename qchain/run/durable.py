@@ -9,7 +9,9 @@ report success (see "Can applications recover from fsync failures?", USENIX ATC 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ from pathlib import Path
 from qchain.errors import FailedMidway
 
 __all__ = [
+    "discard_unwritten",
     "fsync_directory",
     "fsync_file",
     "fsync_open",
@@ -96,17 +99,34 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
     """`path` holds all of `data`, or what it held before; never a part."""
     new = path.with_name(f"{path.name}.new")
     with _told(path, "write"):
-        fd = os.open(
-            new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode
-        )
+        # A new file, never one that somebody else has put there and could still write to.
+        new.unlink(missing_ok=True)
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
             with os.fdopen(fd, "wb") as file:
+                # Tells `discard_unwritten` that somebody is at it.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 file.write(data)
-            rename_durably(new, path)
+                file.flush()
+                rename_durably(new, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 new.unlink()
             raise
+
+
+def discard_unwritten(path: Path) -> None:
+    """Remove `path`, what a killed `write_durably` left; not while one is under way."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(fd)
+            if stat.S_ISREG(status.st_mode) and status.st_uid in (os.geteuid(), 0):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        finally:
+            os.close(fd)
 
 
 def _flush(path: Path, flags: int) -> None:

@@ -12,19 +12,28 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from qchain.chain.chain import Chain
 from qchain.chain.layer import Layer
 from qchain.errors import FailedMidway, QchainError, Refused
 from qchain.plan.plan import Plan
-from qchain.plan.refusals import overlay_refusals
-from qchain.plan.steps import Command, Rename, Step, Unlink
+from qchain.plan.refusals import overlay_refusals, unfinished_refusals
+from qchain.plan.steps import Command, Rename, Step, Sync, Unlink
 from qchain.run.group import GroupRun, Observer
 from qchain.run.journal import Journal
 from qchain.run.locking import ChainLocks, sole
 from qchain.run.qemu_img import QemuImg
 
-__all__ = ["MergeResult", "Observer", "Silent", "execute", "run_group"]
+__all__ = ["MergeResult", "Observer", "Silent", "execute", "named", "run_group"]
+
+
+def named(paths: Sequence[Path]) -> str:
+    """The file names, for a sentence; of many the first."""
+    names = [path.name for path in paths[:4]]
+    if len(paths) > 4:
+        names.append(f"{len(paths) - 4} more")
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 class Silent:
@@ -63,26 +72,30 @@ def run_group(
     """
     steps = run.record.steps
     looked: set[type[Step]] = set()
+    run.journal = journal
+    index = first
     try:
         for index in range(first, len(steps)):
-            journal.write(number, index)
+            step = steps[index]
+            journal.write(number, index, step.writes if isinstance(step, Command) else ())
             if before_step is not None:
-                before_step(steps[index])
-            if look_out is not None and _commits_to(steps[index], run) - looked:
+                before_step(step)
+            if look_out is not None and _commits_to(step, run) - looked:
                 look_out()
-                looked |= _commits_to(steps[index], run)
-            run.perform(steps[index])
+                looked |= _commits_to(step, run)
+            run.perform(step)
+            if isinstance(step, Sync) and journal.unsettled:
+                journal.settle()
     except (KeyboardInterrupt, OSError, QchainError) as error:
+        altered = run.altered(index)
         whole = run.put_back()
         if whole:
             journal.remove()
-        way = (
-            "every kept point is intact; mend this and merge again"
-            if whole
-            else "every kept point is intact; 'qchain recover' continues"
-        )
         if isinstance(error, KeyboardInterrupt):
-            raise
+            if whole and not altered:
+                raise
+            raise KeyboardInterrupt(_way_on(whole, altered, "merge again")) from None
+        way = _way_on(whole, altered, "mend this and merge again")
         if isinstance(error, OSError):
             what = str(error.filename or run.t_path)
             raise FailedMidway(what, (error.strerror or str(error)).lower(), way) from None
@@ -110,6 +123,18 @@ def _alone(plan: Plan, first: int = 0) -> None:
     groups = [group.group for group in plan.groups[first:]]
     for line in overlay_refusals(plan.layers, groups, plan.options):
         raise Refused("merge", line, "")
+
+
+def _way_on(whole: bool, altered: Sequence[Path], todo: str) -> str:
+    """What a stop leaves, and what to do: `whole` if the group was put back."""
+    if not whole:
+        return "every kept point is intact; 'qchain recover' continues"
+    if not altered:
+        return f"every kept point is intact; {todo}"
+    return (
+        "every kept point is intact, but the commit had begun: of the points to be dropped, "
+        f"{named(altered)} no longer read as before; {todo}"
+    )
 
 
 def _unchanged(layers: Sequence[Layer]) -> None:
@@ -156,9 +181,13 @@ def execute(
     layers: Sequence[Layer] = chain.layers
     if plan.groups:
         merged = [layers[index] for group in plan.groups for index in group.group.members]
-        with sole(layers[0].path), ChainLocks(layers, merged) as locks:
+        files = [layer.file for layer in layers]
+        mine = [layers[0].file, *(layer.file for layer in merged)]
+        with sole(files, mine), ChainLocks(layers, merged) as locks:
             _unchanged(layers)
             _alone(plan)
+            for line in unfinished_refusals(layers, [group.group for group in plan.groups]):
+                raise Refused("merge", line, "")
             journal = Journal.begin(plan)
             for number, (group, record) in enumerate(zip(plan.groups, journal.groups, strict=True)):
                 held = layers[group.group.kept :]

@@ -15,7 +15,8 @@ from typing import Protocol
 
 from qchain.chain.layer import Layer, Qcow2Layer, RawLayer
 from qchain.chain.names import resolve_name
-from qchain.errors import FailedMidway, QchainError
+from qchain.chain.scan import WORK_PREFIX
+from qchain.errors import FailedMidway, QchainError, Refused
 from qchain.hostfile import HostFile
 from qchain.plan.commands import rebase_unsafe_argv, unlocked_argv
 from qchain.plan.steps import (
@@ -37,7 +38,8 @@ from qchain.plan.traffic import commit_granularity
 from qchain.qcow2.header import read_header
 from qchain.run.attributes import take_attributes
 from qchain.run.durable import fsync_directory, fsync_file, fsync_open
-from qchain.run.journal import GroupRecord
+from qchain.run.identity import state_of
+from qchain.run.journal import GroupRecord, Journal, LayerRecord
 from qchain.run.locking import ChainLocks
 from qchain.run.private import make_private, open_private
 from qchain.run.qemu_img import QemuImg
@@ -70,7 +72,7 @@ class GroupRun:
         locks: ChainLocks,
     ) -> None:
         """`layers`: the open files of `record.layers`, the kept image first; none where
-        only steps are left that change names."""
+        only steps are left that change names. `locks` hold all files that there are."""
         self.record, self.layers, self.verify = record, layers, verify
         self.qemu, self.observer, self.locks = qemu, observer, locks
         self.t = layers[record.target] if layers else None
@@ -80,11 +82,12 @@ class GroupRun:
         self.below: list[Layer] = [] if record.below is None else list(layers[record.below :])
         self.comparison: Comparison | None = None
         self.opened: list[HostFile] = []
+        self.journal: Journal | None = None
         self.made: list[Path] = []
         self.links: list[tuple[Path, Path]] = []
         self.names = {known.path for known in record.layers}
-        self.pulling = False
         self.switched = False
+        self.resumed = False
 
     def perform(self, step: Step) -> None:
         """Do one step. Raises `QchainError` or `OSError` when it fails."""
@@ -97,7 +100,6 @@ class GroupRun:
                 self._compare(step)
             case Confirm(image, backing, fmt):
                 self._confirm(image, backing, fmt)
-                self.switched = self.switched or image == self.t_path
             case MakeDirectory(path):
                 make_private(path)
                 self.made.append(path)
@@ -121,8 +123,9 @@ class GroupRun:
                 self._sync(path)
             case Rename(old, new):
                 self._rename(old, new)
+            case Unlink(path) if path in self.names:
+                self._unlink(path)
             case Unlink(path):
-                self.switched = self.switched or path in self.names
                 path.unlink(missing_ok=True)
 
     # --- the steps -----------------------------------------------------------------
@@ -138,6 +141,31 @@ class GroupRun:
             self.made.append(link)
         else:
             self.links.append((existing, link))
+
+    def _held(self, path: Path) -> HostFile | None:
+        """The file that `path` names now, which we have open; None where it names nothing.
+
+        Names are not enough to rename and to delete by. Raises `Refused` when it is a
+        file that we do not know.
+        """
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            return None
+        for layer in self.locks.layers:
+            if os.path.samestat(status, os.fstat(layer.file.fd)):
+                return layer.file
+        raise Refused(
+            path, "is another file than the one that the merge knows", "put it under another name"
+        )
+
+    def _expected(self, path: Path, known: LayerRecord) -> HostFile | None:
+        file = self._held(path)
+        if file is not None and file.id != known.id:
+            raise Refused(
+                path, f"is not the file that was {known.path.name}", "put it under another name"
+            )
+        return file
 
     def _sync(self, path: Path) -> None:
         if path.is_dir():
@@ -155,17 +183,29 @@ class GroupRun:
         fsync_file(path)
 
     def _rename(self, old: Path, new: Path) -> None:
-        if old.exists() or not self._is_target(new):
+        target = self.record.layers[self.record.target]
+        if self._expected(old, target) is None:
+            if not self._is_target(new):
+                raise FailedMidway(old, "is missing")
+            return  # it was done before
+        over = next(known for known in self.record.layers if known.path == new)
+        for known in (over, self.record.layers[0]):
+            # Nobody may have open what is replaced, nor what backed on it.
+            file = self._expected(known.path, known)
+            if file is not None:
+                self.locks.before_switch(file)
+        self.switched = True
+        old.rename(new)
+
+    def _unlink(self, path: Path) -> None:
+        """Delete an image, if the name is still that of the file that was dropped."""
+        known = next(known for known in self.record.layers if known.path == path)
+        file = self._expected(path, known)
+        if file is not None:
+            self.locks.before_switch(file)
             self.switched = True
-            with contextlib.ExitStack() as stack:
-                if self.layers:
-                    kept = self.layers[0].file
-                elif new.exists():
-                    kept = stack.enter_context(HostFile(new))
-                else:
-                    kept = stack.enter_context(HostFile(old))
-                self.locks.before_switch(kept)
-                old.rename(new)
+            path.unlink()
+        self.switched = True
 
     def _command(self, step: Command) -> None:
         self.observer.step(step.label, step.weight)
@@ -176,12 +216,14 @@ class GroupRun:
             return
         if verb == "rebase" and "-u" not in step.argv:
             self._before_pull()
-        between = self.layers[1 : self.record.target] if step.commits else ()
+        passed = {known.id for known in self.record.layers[1 : self.record.target]}
+        between = [layer for layer in self.locks.layers if layer.file.id in passed]
         named = step.writes[-1]
         # Neither a commit that keeps its top nor a change of names touches the map of it.
         stays = step.commits or "-u" in step.argv
         before = map_digest(named) if stays else None
-        with self.locks.handed_over(step.writes, between, named) as held:
+        passing = between if step.commits else ()
+        with self.locks.handed_over(step.writes, passing, named) as held:
             self.qemu.run(
                 unlocked_argv(step.argv) if held else step.argv,
                 progress=lambda part: self.observer.advance(int(part * step.weight), step.weight),
@@ -215,11 +257,7 @@ class GroupRun:
 
         qemu-img would take the alias for the new backing and pull nothing.
         """
-        self.pulling = True
-        assert self.record.present is not None
-        with HostFile(self.t_path) as file:
-            name = read_header(file).backing_name
-        if name != self.record.present[0]:
+        if self._led_away():
             self.restore_backing()
 
     def _freeze(self, into: Path) -> None:
@@ -275,7 +313,9 @@ class GroupRun:
             raise FailedMidway(
                 step.old,
                 f"the merged result differs at guest offset {self.comparison.first_difference} "
-                f"({self.comparison.different_bytes} bytes differ); nothing was deleted",
+                f"({self.comparison.different_bytes} bytes differ); nothing was deleted"
+                + self.resumed
+                * ", and a guest that ran after the stop may be the reason",
             )
 
     def _fresh(self, layer: Layer) -> Layer:
@@ -315,6 +355,7 @@ class GroupRun:
 
     def resume(self, step: int) -> None:
         """Be as one who has done the steps before `step`."""
+        self.resumed = True
         for index in range(step):
             self.resume_at(index, done=True)
 
@@ -343,10 +384,6 @@ class GroupRun:
                 self._note(link)
             case Command(argv) if argv[0] == "create":
                 self.made.append(_created(step))
-            case Command(argv) if argv[0] == "rebase" and "-u" not in argv:
-                self.pulling = True
-            case Confirm(image) if image == self.t_path and done:
-                self.switched = True
             case _:
                 pass
 
@@ -355,20 +392,36 @@ class GroupRun:
         assert self.record.present is not None
         name, fmt = self.record.present
         argv = rebase_unsafe_argv(self.t_path, "qcow2", name, fmt)
+        if self.journal is not None:
+            self.journal.write(self.journal.group, self.journal.step, (self.t_path,))
         with self.locks.handed_over((self.t_path,), (), self.t_path) as held:
             self.qemu.run(unlocked_argv(argv) if held else argv, pass_fds=held)
         self._flush(self.t_path)
         self._confirm(self.t_path, self.record.layers[self.record.target + 1].path, fmt)
 
+    def _led_away(self) -> bool:
+        """Whether the target's header names another backing file than before the merge."""
+        if self.record.present is None or self.record.layers[self.record.target].format != "qcow2":
+            return False
+        with HostFile(self.t_path) as file:
+            name = read_header(file).backing_name
+            if file.id == self.record.layers[self.record.target].id:
+                return name != self.record.present[0]
+        if name is not None and WORK_PREFIX in name:
+            raise FailedMidway(self.t_path, "is another file, and backs on a work file")
+        return False  # another file: not ours to change
+
     def put_back(self) -> bool:
         """Undo what was not switched, remove work files; whether that succeeded. Never raises."""
         if self.switched:
             return False
-        if self.pulling:
-            try:
+        try:
+            if self._led_away():
                 self.restore_backing()
-            except (QchainError, OSError):
-                return False  # the aliases must stay: the header may still name them
+        except (QchainError, OSError):
+            return False  # the aliases must stay: the header may still name them
+        with contextlib.suppress(QchainError, OSError):
+            self._from_the_start()
         for existing, link in self.links:
             with contextlib.suppress(OSError):
                 if link.samefile(existing):
@@ -381,18 +434,42 @@ class GroupRun:
                     path.unlink(missing_ok=True)
         return not any(os.path.lexists(path) for path in self.made)
 
+    def _from_the_start(self) -> None:
+        """Whoever goes on from here has no work files any more: the first step is the next."""
+        if self.journal is not None:
+            self.journal.altered = bool(self.altered(self.journal.step))
+            self.journal.carrying = False
+            self.journal.settle()
+            self.journal.write(self.journal.group, 0)
+
+    def altered(self, index: int) -> list[Path]:
+        """The dropped points that read otherwise than before, if the merge ends at step `index`.
+
+        A commit writes to the target: what shows through it, and is no kept point, changes.
+        """
+        steps = self.record.steps
+        commit = next(
+            (n for n, step in enumerate(steps) if isinstance(step, Command) and step.commits), None
+        )
+        before = self.journal is not None and self.journal.altered
+        if commit is None or (index < commit and not before):
+            return []
+        known = self.record.layers[self.record.target]
+        if index <= commit + 1 and not before:
+            # It may not have come to the first write: then the file is as it was noted.
+            with contextlib.suppress(QchainError, OSError), HostFile(self.t_path) as file:
+                if file.id == known.id and state_of(file) == known.state:
+                    return []
+        return [record.path for record in self.record.layers[1 : self.record.target + 1]]
+
     def close(self) -> None:
         """Close what was opened for this group alone."""
         for file in self.opened:
             file.close()
 
     def _is_target(self, path: Path) -> bool:
-        try:
-            status = path.stat()
-        except OSError:
-            return False
-        known = self.record.layers[self.record.target]
-        return (status.st_dev, status.st_ino) == (known.device, known.inode)
+        file = self._held(path)
+        return file is not None and file.id == self.record.layers[self.record.target].id
 
 
 def _is_file(path: Path, file: HostFile) -> bool:

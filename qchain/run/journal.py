@@ -1,71 +1,120 @@
-"""The journal of a merge: what it does, and how far it is, beside the active image.
+"""The journal of a merge: what it does, how far it is, and how it left every file.
 
-One JSON document, replaced as a whole and durably before each step. Format 1:
+One JSON document beside the active image, `.qchain-TOKEN.journal`, replaced as a whole
+and durably before each step. Format 2:
 
-    {"qchain_journal": 1, "token", "active", "verify", "group": g, "step": s,
-     "groups": [{"layers": [{"path", "format", "device", "inode"}], "target": t,
-                 "below": b, "present": {"name", "format"} | null, "steps": [..]}]}
+    {"qchain_journal": 2, "token", "active", "home": inode,
+     "verify", "names", "allow_format_change": bool, "scan": [path],
+     "layers": [{"path", "format", "device", "inode", "size", "mtime_ns", "digest"}],
+     "groups": [{"kept": k, "target": t, "below": b | null,
+                 "present": [name, format] | null, "steps": [..]}],
+     "group": g, "step": s, "unsettled": [index], "carrying": bool,
+     "altered": bool}
 
-`layers` of a group: the kept image first, then all below it, down to the base. Step s
-of group g may have been done in part, those before it are done. Without a journal
-nothing is unfinished.
+`layers`: the whole chain, active first; a group counts its target and its new backing
+from its kept image k. `home`: the inode of the journal's directory. `present`: the target's
+backing name before. Step s of group g may have been done in part, those before it are
+done. Each layer is described as it was when it was last durable and ours; those in
+`unsettled` were being written to. `carrying`: what a guest wrote to the kept image after
+a stop is being taken over into the target. `altered`: a commit has written to the target,
+and then the group was put back to its first step.
+
+Where images lie in further directories, each of these has a pointer of the same name:
+
+    {"qchain_journal": 2, "see": path of the journal}
+
+Without a journal nothing is unfinished. How one is read, and which ones are believed:
+`qchain.run.journal_file`. Format 1 (before the first release) had no descriptions.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from qchain.chain.layer import Layer
 from qchain.chain.scan import JOURNAL_SUFFIX, WORK_PREFIX
-from qchain.chain.scan import unfinished as find_journals
-from qchain.errors import ImageError
+from qchain.hostfile import FileId, HostFile
 from qchain.plan.plan import Plan
 from qchain.plan.steps import Step
-from qchain.plan.stored import step_from_json, step_to_json
-from qchain.run.durable import unlink_durably, write_durably
+from qchain.plan.stored import step_to_json
+from qchain.run.durable import fsync_file, unlink_durably, write_durably
+from qchain.run.identity import FileState, state_of
 
-__all__ = ["GroupRecord", "Journal", "LayerRecord", "find_journals", "read_journal"]
+__all__ = ["FORMAT", "GroupRecord", "Journal", "LayerRecord"]
+
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRecord:
-    """A file of the chain as it was when the merge began."""
+    """A file of the chain, and how it was when it was last durable and ours."""
 
     path: Path
     format: str
-    device: int
-    inode: int
+    id: FileId
+    state: FileState
 
 
 @dataclass(frozen=True, slots=True)
 class GroupRecord:
-    """One group: indices count in `layers`; `present`: the target's backing name before."""
+    """One group: `target`, `below` count from the kept image, which is `chain[kept]`."""
 
-    layers: tuple[LayerRecord, ...]
+    chain: list[LayerRecord]
+    kept: int
     target: int
     below: int | None
     present: tuple[str, str | None] | None
     steps: tuple[Step, ...]
 
+    @property
+    def layers(self) -> list[LayerRecord]:
+        """The kept image and all below it, down to the base."""
+        return self.chain[self.kept :]
+
+    @property
+    def members(self) -> list[LayerRecord]:
+        """The kept image and the dropped ones."""
+        return self.layers[: self.below]
+
 
 @dataclass
 class Journal:
-    """A merge under way. `write` before a step, `remove` when all is done."""
+    """A merge under way. `write` before a step, `settle` after a flush, `remove` at the end."""
 
     path: Path
     active: Path
     verify: str
+    chain: list[LayerRecord]
     groups: tuple[GroupRecord, ...]
+    names: str = "kept"
+    allow_format_change: bool = False
+    scan: tuple[Path, ...] = ()
     group: int = 0
     step: int = 0
     token: str = ""
-    _head: dict[str, object] = field(default_factory=dict, repr=False)
+    home_inode: int = 0
+    unsettled: set[int] = field(default_factory=set)
+    carrying: bool = False
+    altered: bool = False
+    _groups_json: list[dict[str, object]] = field(default_factory=list, repr=False)
+    _written: bool = field(default=False, repr=False)
 
     @classmethod
     def begin(cls, plan: Plan) -> Journal:
-        """The journal of a plan, not written yet."""
+        """The journal of a plan, not written yet; the files of the groups are flushed.
+
+        Without the flush a power loss could take back the very times by which they are
+        known.
+        """
         active = plan.layers[0].path.absolute()
+        for group in plan.groups:
+            for index in group.group.members:
+                fsync_file(plan.layers[index].path)
+        chain = [_record(layer) for layer in plan.layers]
         groups = []
         for group in plan.groups:
             assert group.chosen is not None and group.chosen.target is not None
@@ -73,84 +122,135 @@ class Journal:
             backing = plan.layers[target].backing
             groups.append(
                 GroupRecord(
-                    tuple(
-                        LayerRecord(
-                            layer.path.absolute(),
-                            layer.format,
-                            layer.file.id.device,
-                            layer.file.id.inode,
-                        )
-                        for layer in plan.layers[kept:]
-                    ),
+                    chain,
+                    kept,
                     target - kept,
                     None if group.group.below is None else group.group.below - kept,
                     None if backing is None else (backing.name, backing.format),
                     group.steps,
                 )
             )
-        path = active.parent / f"{WORK_PREFIX}{plan.token}{JOURNAL_SUFFIX}"
-        return cls(path, active, plan.options.verify, tuple(groups), token=plan.token)
+        return cls(
+            active.parent / f"{WORK_PREFIX}{plan.token}{JOURNAL_SUFFIX}",
+            active,
+            plan.options.verify,
+            chain,
+            tuple(groups),
+            names=plan.options.names,
+            allow_format_change=plan.options.allow_format_change,
+            scan=tuple(path.absolute() for path in plan.options.scan),
+            token=plan.token,
+            home_inode=active.parent.stat().st_ino,
+        )
 
-    def write(self, group: int, step: int) -> None:
-        """Durably: step `step` of group `group` is about to be done."""
+    def write(self, group: int, step: int, writing: Iterable[Path] = ()) -> None:
+        """Durably: step `step` of group `group` is about to be done, and writes to `writing`."""
         self.group, self.step = group, step
-        if not self._head:
-            self._head = {
-                "qchain_journal": 1,
-                "token": self.token,
-                "active": str(self.active),
-                "verify": self.verify,
-                "groups": [_group_json(record) for record in self.groups],
-            }
-        document = {**self._head, "group": group, "step": step}
-        text = json.dumps(document, indent=1, ensure_ascii=True)
-        write_durably(self.path, text.encode("ascii"))
+        self.unsettled |= self.indices(writing)
+        document = {
+            **self._head(),
+            "group": group,
+            "step": step,
+            "unsettled": sorted(self.unsettled),
+            "carrying": self.carrying,
+            "altered": self.altered,
+        }
+        write_durably(self.path, _encoded(document))
+        if not self._written:
+            for pointer in self.pointers():
+                write_durably(pointer, _encoded({"qchain_journal": FORMAT, "see": str(self.path)}))
+            self._written = True
+
+    def settle(self) -> None:
+        """What was being written to is finished: flush it and note how it is now."""
+        for index in sorted(self.unsettled):
+            record = self.chain[index]
+            for path in self._names():
+                if _id(path) == record.id:
+                    fsync_file(path)
+                    with HostFile(path) as file:
+                        self.chain[index] = replace(record, state=state_of(file))
+                    break
+        self.unsettled.clear()
 
     def remove(self) -> None:
-        """Nothing is left to do."""
+        """Nothing is left to do. The pointers first: none may lead nowhere."""
+        for pointer in self.pointers():
+            if pointer.parent.is_dir():
+                unlink_durably(pointer.with_name(f"{pointer.name}.new"))
+                unlink_durably(pointer)
         unlink_durably(self.path)
+
+    def pointers(self) -> list[Path]:
+        """Where a pointer to this journal belongs: beside the images in other directories."""
+        here = os.path.realpath(self.path.parent)
+        places = {
+            os.path.realpath(member.path.parent)
+            for group in self.groups
+            for member in group.members
+        }
+        return sorted(Path(place, self.path.name) for place in places - {here})
+
+    def indices(self, paths: Iterable[Path]) -> set[int]:
+        """Which layers the files of these names are, whatever names they were planned under."""
+        ids = {_id(path) for path in paths}
+        return {index for index, record in enumerate(self.chain) if record.id in ids}
+
+    def _names(self) -> list[Path]:
+        return [record.path for record in self.chain]
+
+    def _head(self) -> dict[str, object]:
+        if not self._groups_json:
+            self._groups_json = [_group_json(record) for record in self.groups]
+        return {
+            "qchain_journal": FORMAT,
+            "token": self.token,
+            "active": str(self.active),
+            "home": self.home_inode,
+            "verify": self.verify,
+            "names": self.names,
+            "allow_format_change": self.allow_format_change,
+            "scan": [str(path) for path in self.scan],
+            "layers": [_layer_json(record) for record in self.chain],
+            "groups": self._groups_json,
+        }
+
+
+def _record(layer: Layer) -> LayerRecord:
+    # The name as the steps have it.
+    return LayerRecord(layer.path.absolute(), layer.format, layer.file.id, state_of(layer.file))
+
+
+def _id(path: Path) -> FileId | None:
+    """The file that a name is; unlike `chain.scan.identity` links are not followed."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return FileId(status.st_dev, status.st_ino)
+
+
+def _encoded(document: dict[str, object]) -> bytes:
+    return json.dumps(document, indent=1, ensure_ascii=True).encode("ascii")
+
+
+def _layer_json(record: LayerRecord) -> dict[str, object]:
+    return {
+        "path": str(record.path),
+        "format": record.format,
+        "device": record.id.device,
+        "inode": record.id.inode,
+        "size": record.state.size,
+        "mtime_ns": record.state.mtime_ns,
+        "digest": record.state.digest,
+    }
 
 
 def _group_json(record: GroupRecord) -> dict[str, object]:
     return {
-        "layers": [
-            {"path": str(r.path), "format": r.format, "device": r.device, "inode": r.inode}
-            for r in record.layers
-        ],
+        "kept": record.kept,
         "target": record.target,
         "below": record.below,
         "present": record.present,
         "steps": [step_to_json(step) for step in record.steps],
     }
-
-
-def read_journal(path: Path) -> Journal:
-    """Raises `ImageError` when it is none, or of a later format."""
-    try:
-        stored = json.loads(path.read_bytes())
-        if stored["qchain_journal"] != 1:
-            raise ImageError(path, "was written by a later version", "use that one")
-        groups = tuple(
-            GroupRecord(
-                tuple(
-                    LayerRecord(Path(r["path"]), r["format"], r["device"], r["inode"])
-                    for r in group["layers"]
-                ),
-                int(group["target"]),
-                group["below"],
-                None if group["present"] is None else tuple(group["present"]),
-                tuple(step_from_json(step) for step in group["steps"]),
-            )
-            for group in stored["groups"]
-        )
-        return Journal(
-            path,
-            Path(stored["active"]),
-            str(stored["verify"]),
-            groups,
-            int(stored["group"]),
-            int(stored["step"]),
-            str(stored["token"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ImageError(path, f"is not a journal of qchain: {error}", "look at it") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,27 +103,38 @@ class ChainLocks:
 
 
 @contextmanager
-def sole(active: Path) -> Iterator[None]:
-    """Be the only qchain that works on the chain of `active` (flock, which qemu ignores).
+def sole(files: Iterable[HostFile], merged: Iterable[HostFile]) -> Iterator[None]:
+    """Be the only qchain that changes these `files` of a chain (flock, which qemu ignores).
+
+    Those that are `merged` are nobody else's; the others, which may be part of other
+    chains as well, may be shared. Every file is held, not one name: a merge gives the
+    name of one to another, and none of them may be without its lock then. The locks
+    belong to the open files and end with them; here they are given up at the end.
 
     Raises `Refused` when another one is at it.
     """
+    alone = {file.id for file in merged}
+    held: list[HostFile] = []
     try:
-        fd = os.open(active, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
-        yield  # its name is gone: nothing is left that two could do to it
-        return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise Refused(
-            active, "another qchain is working on this chain", "wait until it has ended"
-        ) from None
-    try:
+        for file in files:
+            kind = fcntl.LOCK_EX if file.id in alone else fcntl.LOCK_SH
+            try:
+                fcntl.flock(file.fd, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Refused(
+                    file.path, "another qchain is working on this chain", "wait until it has ended"
+                ) from None
+            except OSError as error:
+                reason = (error.strerror or str(error)).lower()
+                raise Refused(
+                    file.path, f"cannot be locked: {reason}", "use a file system that has locks"
+                ) from None
+            held.append(file)
         yield
     finally:
-        os.close(fd)
+        for file in held:
+            if file.fd >= 0:
+                fcntl.flock(file.fd, fcntl.LOCK_UN)
 
 
 def _has_locks(layer: Layer) -> bool:

@@ -2,12 +2,17 @@
 
 Both may be stopped and repeated. Forward: the step that the journal names is done
 again, and all after it. Back: the target's header names its old backing file again,
-and the work files go; the chain is as long as before and reads as before.
+and the work files go; the chain is as long as before, and every kept point reads as
+before. Dropped points that a commit has written to do not, and nothing brings them
+back: going back then needs the word of the user.
+
+A guest may have run meanwhile. What it wrote to the kept image is committed again and
+compared again before the image is replaced.
 """
 
 from __future__ import annotations
 
-import contextlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,138 +22,264 @@ from qchain.chain.gate import Gate
 from qchain.chain.layer import Layer
 from qchain.errors import FailedMidway, ImageError, Refused
 from qchain.hostfile import FileId, HostFile
-from qchain.plan.steps import Command, Compare, Confirm, Freeze
-from qchain.run.execute import Silent, run_group
+from qchain.plan.steps import Command, Compare, Confirm, SymbolicLink, Sync
+from qchain.run.durable import discard_unwritten
+from qchain.run.execute import Silent, named, run_group
 from qchain.run.group import GroupRun, Observer
-from qchain.run.journal import GroupRecord, Journal, find_journals, read_journal
+from qchain.run.journal import GroupRecord, Journal
+from qchain.run.journal_file import find_journals, read_journal, unwritten
 from qchain.run.locking import ChainLocks, sole
 from qchain.run.qemu_img import QemuImg
+from qchain.run.survey import (
+    Files,
+    examine,
+    is_commit,
+    is_pull,
+    layers_of,
+    moves_content,
+    open_files,
+    refuse_overlays,
+    renumber,
+)
+from qchain.verify.compare import compare
 
 __all__ = ["Recovered", "journals_at", "recover"]
 
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What became of one unfinished merge: "finished" or "put back"."""
+    """What became of one unfinished merge: "finished" or "put back".
+
+    `altered`: dropped points that are there again but no longer read as before.
+    """
 
     journal: Path
     active: Path
     outcome: str
+    altered: tuple[Path, ...] = ()
 
 
 def journals_at(where: Path) -> list[Path]:
     """The journals that concern `where`: all of a directory, or those that name an image.
 
-    Raises: `ImageError` for a name that leads nowhere and that no journal knows.
+    Also what is left of one that was killed while it was written for the first time.
+
+    Raises: `ImageError` for a name that leads nowhere and that no journal knows, and for
+        a broken journal; `Refused` for one that is not to be believed.
     """
     if where.is_dir():
-        return find_journals([where])
+        return find_journals([where]) + unwritten(where)
     name = where.absolute()
-    found = [path for path in find_journals([name.parent]) if _concerns(read_journal(path), name)]
+    found = [path for path in find_journals([name.parent]) if _concerns(path, name)]
     if not found and not where.exists():
         raise ImageError(where, "no such file, and no journal names it", "name its directory")
-    return found
+    return found + unwritten(name.parent)
 
 
-def _concerns(journal: Journal, name: Path) -> bool:
-    names = {record.path for group in journal.groups for record in group.layers}
-    return name == journal.active or name in names
+def _concerns(journal: Path, name: Path) -> bool:
+    real = {os.path.realpath(known.path) for known in read_journal(journal).chain}
+    return os.path.realpath(name) in real
 
 
 def recover(
     where: Iterable[Path],
     *,
     back: bool = False,
+    give_up_dropped: bool = False,
     qemu: QemuImg | None = None,
     observer: Observer | None = None,
 ) -> list[Recovered]:
     """Finish (or with `back` undo) the merges whose journals are given.
 
-    Raises: `Refused` when an image is in use, has changed since, or when `back` comes too
-        late; `FailedMidway` when a step fails again. Repeating is always safe.
+    Args:
+        give_up_dropped: go back even where dropped points no longer read as before.
+
+    Raises: `Refused` when an image is in use, is another file or has changed since, or
+        when `back` comes too late or would leave points that are not what they were;
+        `FailedMidway` when a step fails again. Repeating is always safe.
     """
     out = []
     for path in where:
-        with contextlib.suppress(OSError):
-            path.with_name(f"{path.name}.new").unlink()
-        journal = read_journal(path)
-        with sole(journal.active):
-            outcome = _one(journal, back, qemu or QemuImg(), observer or Silent())
-        out.append(Recovered(path, journal.active, outcome))
+        if path.suffix == ".new":
+            discard_unwritten(path)
+            continue
+        way = _Way(back, give_up_dropped, qemu or QemuImg(), observer or Silent())
+        done = _one(path, way)
+        if done is not None:
+            out.append(done)
     return out
 
 
-def _one(journal: Journal, back: bool, qemu: QemuImg, observer: Observer) -> str:
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """What is wanted, and with what."""
+
+    back: bool
+    give_up_dropped: bool
+    qemu: QemuImg
+    observer: Observer
+
+
+def _one(path: Path, way: _Way) -> Recovered | None:
+    """Recover one merge; None when another process has just finished it."""
+    while os.path.lexists(path):
+        journal = read_journal(path)
+        members = {known.path for group in journal.groups for known in group.members}
+        with open_files(journal) as files:
+            mine = [file for name, file in files.items() if name in members | {journal.active}]
+            with sole(files.values(), mine):
+                # Only now nobody else is at it; it may have gone on since it was read.
+                if not path.exists():
+                    return None
+                again = read_journal(path)
+                if (again.group, again.step) != (journal.group, journal.step):
+                    continue
+                discard_unwritten(path.with_name(f"{path.name}.new"))
+                renumber(again, files)
+                return _recovered(again, way)
+    return None
+
+
+def _recovered(journal: Journal, way: _Way) -> Recovered:
     for number in range(journal.group, len(journal.groups)):
         record = journal.groups[number]
         first = _where_to_begin(record, journal.step) if number == journal.group else 0
-        layers = _open(record, first)
-        try:
-            with ChainLocks(layers, layers[: record.below]) as locks:
-                run = GroupRun(record, layers, journal.verify, qemu, observer, locks)
-                run.resume(first)
-                if back:
-                    return _back(run, journal, first)
-                run_group(run, journal, number, first)
-        finally:
-            for layer in layers:
-                layer.data.close()
-                layer.file.close()
+        if number != journal.group:
+            journal.group, journal.step, journal.altered = number, 0, False
+        with open_files(journal) as files:
+            layers = layers_of(journal, files)
+            merged = [layers[known.id] for known in record.members if known.id in layers]
+            with ChainLocks(list(layers.values()), merged) as locks:
+                _still(layers)
+                if way.back:
+                    run = GroupRun(record, [], journal.verify, way.qemu, way.observer, locks)
+                    return _back(run, journal, way.give_up_dropped)
+                _forward(journal, first, files, layers, way, locks)
     journal.remove()
-    return "finished"
+    return Recovered(journal.path, journal.active, "finished")
+
+
+def _still(layers: dict[FileId, Layer]) -> None:
+    """Raise `Refused` when something was written between opening and locking."""
+    for layer in layers.values():
+        with HostFile(layer.path) as file:
+            if (file.id, file.mtime_ns) != (layer.file.id, layer.file.mtime_ns):
+                raise Refused(layer.path, "is being changed", "try again when nobody uses it")
 
 
 def _where_to_begin(record: GroupRecord, step: int) -> int:
-    """The step to repeat: for a look at a header, the command that was to write it."""
-    if isinstance(record.steps[step], Confirm):
-        while not isinstance(record.steps[step], Command):
-            step -= 1
-    return step
+    """The step to repeat.
+
+    For a flush or a look at a header: the command before it. What it wrote may be lost.
+    """
+    steps, begin = record.steps, step
+    while begin > 0 and isinstance(steps[begin], (Sync, Confirm, SymbolicLink)):
+        begin -= 1
+    if not isinstance(steps[begin], Command):
+        return step
+    while begin > 0 and _creates(record, begin) and _creates(record, begin - 1):
+        begin -= 1
+    return begin
 
 
-def _back(run: GroupRun, journal: Journal, first: int) -> str:
-    """Undo the group under way; what it had begun at `first` may have been done or not."""
-    if not run.switched:
-        run.resume_at(first)
+def _creates(record: GroupRecord, index: int) -> bool:
+    step = record.steps[index]
+    return isinstance(step, Command) and step.argv[0] == "create"
+
+
+def _forward(
+    journal: Journal,
+    first: int,
+    files: Files,
+    layers: dict[FileId, Layer],
+    way: _Way,
+    locks: ChainLocks,
+) -> None:
+    """Finish the group under way."""
+    record = journal.groups[journal.group]
+    changed = examine(journal, record, first, files)
+    refuse_overlays(journal, first, files)
+    content = any(moves_content(step) for step in record.steps[first:])
+    views = [layers[known.id] for known in record.layers] if content else []
+    run = GroupRun(record, views, journal.verify, way.qemu, way.observer, locks)
+    run.journal = journal
+    run.resume(first)
+    try:
+        if changed:
+            _carry(run, journal, first, layers)
+    except BaseException:
+        run.close()
+        raise
+    run_group(run, journal, journal.group, first)
+
+
+def _carry(run: GroupRun, journal: Journal, first: int, layers: dict[FileId, Layer]) -> None:
+    """Take over into the target what a guest has written to the kept image since.
+
+    The commit is done again, unless all of it is in the target already. Until then the
+    journal says so, for the target may be written to in part.
+
+    Raises: `FailedMidway` when the target still lacks something.
+    """
+    record = run.record
+    ahead = record.steps[first:]
+    # Where the comparison of the merge itself is to come, it will judge.
+    judged = any(is_pull(step) or isinstance(step, Compare) for step in ahead)
+    if journal.carrying or judged or not _all_there(record, layers):
+        journal.carrying = True
+        commit = next(n for n, step in enumerate(record.steps) if is_commit(step))
+        for step in record.steps[commit:first]:
+            if isinstance(step, Command) and (is_commit(step) or step.argv[0] == "resize"):
+                journal.write(journal.group, first, step.writes)
+            elif not isinstance(step, Sync):
+                break
+            run.perform(step)
+        if not (judged or _all_there(record, layers)):
+            raise FailedMidway(
+                record.layers[0].path,
+                "was written to after the merge had stopped, and not all of that could be "
+                "taken over; nothing was deleted",
+                "'qchain recover --back'",
+            )
+    journal.unsettled |= journal.indices([record.layers[0].path, run.t_path])
+    journal.settle()
+    journal.carrying = False
+    journal.write(journal.group, first)
+
+
+def _all_there(record: GroupRecord, layers: dict[FileId, Layer]) -> bool:
+    """Whether the target, over the new backing, shows all that the kept image shows."""
+    known = record.layers[record.target]
+    with HostFile(known.path) as file:
+        target = open_layer(known.path, file, known.format, Gate(), known.path)
+        upper = [layers[each.id] for each in record.layers[: record.target]]
+        lower = [] if record.below is None else record.layers[record.below :]
+        below = [layers[each.id] for each in lower]
+        if target.size != upper[0].size:
+            return False
+        return compare([*upper, target, *below], [target, *below], stop_early=True).identical
+
+
+def _back(run: GroupRun, journal: Journal, give_up_dropped: bool) -> Recovered:
+    """Undo the group under way; what it had begun may have been done or not."""
+    run.journal = journal
+    run.resume(journal.step)
+    run.resume_at(journal.step)
     if run.switched:
         raise Refused(
             journal.active,
             "the merge has already switched to its result; it can only go forward",
             "run 'qchain recover' without --back",
         )
+    altered = run.altered(journal.step)
+    if altered and not give_up_dropped:
+        raise Refused(
+            journal.active,
+            f"the commit had begun: of the points to be dropped, {named(altered)} no longer "
+            "read as before, and going back does not change that",
+            "run 'qchain recover' to finish, or add --give-up-dropped to go back all the same",
+        )
     if not run.put_back():
         raise FailedMidway(journal.active, "could not be put back as it was")
     journal.remove()
-    return "put back"
-
-
-def _needs_layers(record: GroupRecord, first: int) -> bool:
-    """Whether a step from `first` on looks into the images (the others know all they need)."""
-    return any(
-        isinstance(step, (Freeze, Compare))
-        or (isinstance(step, Command) and "-u" not in step.argv and step.argv[0] != "create")
-        for step in record.steps[first:]
-    )
-
-
-def _open(record: GroupRecord, first: int) -> list[Layer]:
-    """The layers of the group as they were; none where only names are left to change."""
-    if not _needs_layers(record, first):
-        return []
-    layers: list[Layer] = []
-    gate = Gate(follow=True)
-    try:
-        for known in record.layers:
-            file = HostFile(known.path)
-            layers.append(open_layer(known.path, file, known.format, gate, known.path))
-            if file.id != FileId(known.device, known.inode):
-                raise Refused(
-                    known.path,
-                    "is another file than the one the merge began with",
-                    "put the right file back under this name",
-                )
-    except BaseException:
-        for layer in layers:
-            layer.file.close()
-        raise
-    return layers
+    return Recovered(journal.path, journal.active, "put back", tuple(altered))

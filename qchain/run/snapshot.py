@@ -45,7 +45,8 @@ def take_snapshot(
     path = Path(os.path.abspath(live.path))
     new = Path(os.path.abspath(new))
     _require_fit(chain, path, new, keep_active_name)
-    with sole(path), ChainLocks(chain.layers) as locks:
+    files = [layer.file for layer in chain.layers]
+    with sole(files, files[:1]), ChainLocks(chain.layers) as locks:
         below = new if keep_active_name else path
         overlay = path if keep_active_name else new
         name = below.name if below.parent == overlay.parent else str(below)

@@ -1,0 +1,233 @@
+"""Finding and reading journals: which are believed, and what one may make us do.
+
+A journal is a list of what is to be renamed and deleted, so whoever may write one in a
+directory could have `recover` do it for him. Hence it must belong to the caller or to
+root, nobody else may be able to write to it, it lies where its active image is, and
+its steps touch nothing but the images of the chain and work files beside them.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qchain.chain.scan import JOURNAL_SUFFIX, WORK_PREFIX, unfinished
+from qchain.errors import ImageError, Refused
+from qchain.hostfile import FileId
+from qchain.plan.options import NAMES, VERIFY
+from qchain.plan.stored import step_from_json
+from qchain.run.identity import FileState
+from qchain.run.journal import FORMAT, GroupRecord, Journal, LayerRecord
+from qchain.run.lawful import require_lawful
+
+__all__ = ["find_journals", "read_journal", "unwritten"]
+
+_LIMIT = 64 << 20  # bytes
+_BROKEN = "look at it; if it is none of a merge, remove it"
+
+
+def find_journals(directories: Iterable[Path]) -> list[Path]:
+    """The journals of the directories themselves, and those that a pointer there leads to.
+
+    Raises: `Refused`, `ImageError` for a file of that name that cannot be read or believed.
+    """
+    return sorted({_followed(path) for path in unfinished(directories)})
+
+
+def unwritten(directory: Path) -> list[Path]:
+    """What is left of journals that were killed while they were written for the first time."""
+    suffix = f"{JOURNAL_SUFFIX}.new"
+    return sorted(
+        path
+        for path in directory.glob(f"{WORK_PREFIX}*{suffix}")
+        if path.is_file() and not path.with_name(path.name.removesuffix(".new")).exists()
+    )
+
+
+def _followed(path: Path) -> Path:
+    stored = _parsed(path)
+    if "see" not in stored:
+        return path
+    try:
+        journal = _path(stored["see"])
+    except ValueError as error:
+        raise ImageError(path, f"is not a journal of qchain: {error}", _BROKEN) from None
+    if not os.path.lexists(journal):
+        raise ImageError(
+            path,
+            f"leads to the journal {journal}, which is missing",
+            "mount its directory; if that merge is over, remove this pointer",
+        )
+    return journal
+
+
+def read_journal(path: Path) -> Journal:
+    """The journal at `path`.
+
+    Raises: `ImageError` when it is none, or of another format; `Refused` when it is not
+        to be believed.
+    """
+    stored = _parsed(path)
+    try:
+        journal = _journal(path, stored)
+    except ImageError as error:
+        raise ImageError(path, f"is not a journal of qchain: {error.why}", _BROKEN) from None
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
+        raise ImageError(path, f"is not a journal of qchain: {what}", _BROKEN) from None
+    require_lawful(journal)
+    return journal
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(_believed(path))
+    except (ValueError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ImageError(path, f"is not a journal of qchain: {why}", _BROKEN) from None
+    if not isinstance(stored, dict) or "qchain_journal" not in stored:
+        raise ImageError(path, "is not a journal of qchain", _BROKEN)
+    if stored["qchain_journal"] != FORMAT:
+        said = str(stored["qchain_journal"])[:20]
+        raise ImageError(
+            path,
+            f"was written by another version of qchain (format {said}, not {FORMAT})",
+            "finish with 'qchain recover' of that version",
+        )
+    return stored
+
+
+def _believed(path: Path) -> bytes:
+    """The content of a file that only the caller or root can have written.
+
+    Raises: `Refused` for any other.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise Refused(
+                path, "is a symbolic link, and no journal is", "look who put it there"
+            ) from None
+        reason = (error.strerror or str(error)).lower()
+        raise ImageError(path, f"cannot be read: {reason}", "run as its owner") from None
+    with os.fdopen(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise Refused(path, "is no regular file", "look who put it there")
+        if status.st_uid not in (os.geteuid(), 0):
+            raise Refused(
+                path,
+                f"belongs to another user (id {status.st_uid}), who could make it do anything",
+                "recover as that user, or look at it and remove it",
+            )
+        if status.st_mode & 0o022:
+            raise Refused(
+                path,
+                "others than its owner can write to it and could make it do anything",
+                "look at it; if it is right, 'chmod 600' it",
+            )
+        if status.st_size > _LIMIT:
+            raise ImageError(path, f"is longer than {_LIMIT} bytes", _BROKEN)
+        return file.read(_LIMIT)
+
+
+# --- field by field: nothing of the wrong type or out of range gets any further ------
+
+
+def _journal(path: Path, stored: dict[str, Any]) -> Journal:
+    chain = [_layer(each) for each in _list(stored["layers"])]
+    if not chain:
+        raise ValueError("it names no layers")
+    groups = tuple(_group(chain, each) for each in _list(stored["groups"]))
+    group = _index(stored["group"], len(groups))
+    return Journal(
+        path,
+        _path(stored["active"]),
+        _one_of(stored["verify"], VERIFY),
+        chain,
+        groups,
+        names=_one_of(stored["names"], NAMES),
+        allow_format_change=bool(stored["allow_format_change"]),
+        scan=tuple(_path(each) for each in _list(stored["scan"])),
+        group=group,
+        step=_index(stored["step"], len(groups[group].steps)),
+        token=_text(stored["token"]),
+        home_inode=_number(stored["home"]),
+        unsettled={_index(each, len(chain)) for each in _list(stored["unsettled"])},
+        carrying=bool(stored["carrying"]),
+        altered=bool(stored["altered"]),
+    )
+
+
+def _layer(stored: Any) -> LayerRecord:
+    return LayerRecord(
+        _path(stored["path"]),
+        _one_of(stored["format"], ("qcow2", "raw")),
+        FileId(_number(stored["device"], -1), _number(stored["inode"])),
+        FileState(
+            _number(stored["size"]), _number(stored["mtime_ns"], None), _text(stored["digest"])
+        ),
+    )
+
+
+def _group(chain: list[LayerRecord], stored: Any) -> GroupRecord:
+    kept = _index(stored["kept"], len(chain))
+    below, present = stored["below"], stored["present"]
+    members = len(chain) - kept
+    if below is not None:
+        members = _index(below, members)
+    if members < 2:
+        raise ValueError("a group without dropped images")
+    if present is not None:
+        name, fmt = _list(present)
+        present = (_text(name), None if fmt is None else _text(fmt))
+    steps = tuple(step_from_json(step) for step in _list(stored["steps"]))
+    return GroupRecord(chain, kept, _index(stored["target"], members), below, present, steps)
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError("a list is missing")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a text is missing")
+    os.fsencode(value)  # raises UnicodeEncodeError, a ValueError, for what no name can be
+    if "\0" in value:
+        raise ValueError("a text with a zero byte")
+    return value
+
+
+def _one_of(value: Any, known: tuple[str, ...]) -> str:
+    if _text(value) not in known:
+        raise ValueError(f"{value[:20]!r} is none of {', '.join(known)}")
+    return str(value)
+
+
+def _number(value: Any, least: int | None = 0) -> int:
+    if type(value) is not int or not -(1 << 63) <= value < 1 << 64:
+        raise ValueError("a number is missing")
+    if least is not None and value < least:
+        raise ValueError(f"the number {value} is less than {least}")
+    return value
+
+
+def _index(value: Any, count: int) -> int:
+    if _number(value) >= count:
+        raise ValueError(f"the number {value} of {count}")
+    return int(value)
+
+
+def _path(value: Any) -> Path:
+    path = Path(_text(value))
+    if not path.is_absolute():
+        raise ValueError(f"{str(path)[:80]!r} is no absolute name")
+    return path

@@ -1,0 +1,169 @@
+"""What the steps of a journal may touch: the images of the chain, and work files beside them.
+
+The writer of a journal is trusted no further than a merge goes. A step that no plan
+would have is refused before anything is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+from qchain.chain.scan import JOURNAL_SUFFIX, WORK_PREFIX
+from qchain.errors import ImageError, Refused
+from qchain.plan.sequence import SAVED_SUFFIX
+from qchain.plan.steps import (
+    Command,
+    Compare,
+    Confirm,
+    Freeze,
+    HardLink,
+    MakeDirectory,
+    RemoveDirectory,
+    Rename,
+    Step,
+    SymbolicLink,
+    Sync,
+    TakeAttributes,
+    Unlink,
+)
+from qchain.run.journal import GroupRecord, Journal
+
+__all__ = ["require_lawful"]
+
+_VERBS = frozenset({"commit", "create", "rebase", "resize"})
+
+
+def require_lawful(journal: Journal) -> None:
+    """Raise `Refused` or `ImageError` for a journal that no merge would have written here."""
+    here, home = journal.path.parent, journal.active.parent
+    try:
+        same = here.samefile(home)
+    except OSError:
+        same = False
+    if not same or here.stat().st_ino != journal.home_inode:
+        raise Refused(
+            journal.path,
+            f"is the journal of a merge in {home}, not of one here: a copy, or moved",
+            "recover the original; if this is a copy that nobody needs, remove it",
+        )
+    for record in journal.groups:
+        rule = _Rule(journal, record)
+        if not record.steps:
+            raise ImageError(journal.path, "is not a journal of qchain: it has no steps", "")
+        for step in record.steps:
+            rule.check(step)
+
+
+class _Rule:
+    """The files that one group is about."""
+
+    def __init__(self, journal: Journal, group: GroupRecord) -> None:
+        self.journal, self.group = journal, group
+        self.chain = {record.path for record in group.chain}
+        self.members = {record.path for record in group.members}
+        self.places = {path.parent for path in self.members}
+        self.directories = {path.parent for path in self.chain}
+
+    def check(self, step: Step) -> None:
+        if not (_well_typed(step) and self._allowed(step)):
+            raise Refused(
+                self.journal.path,
+                f"holds a step that no merge of these images has ({type(step).__name__})",
+                "look at it; nothing was changed",
+            )
+
+    def _allowed(self, step: Step) -> bool:
+        match step:
+            case Command():
+                return self._command(step)
+            case Freeze(image, into):
+                return image in self.members and self._work(into)
+            case Compare(old, new, below):
+                return (
+                    old in self.members
+                    and (new in self.members or self._work(new))
+                    and (below is None or below in self.chain)
+                )
+            case Confirm(image, backing):
+                return image in self.chain and (backing is None or backing in self.chain)
+            case MakeDirectory(path) | RemoveDirectory(path):
+                return self._beside(path)
+            case HardLink(existing, link):
+                return existing in self.members and (self._work(link) or self._saved(link))
+            case SymbolicLink(target, link):
+                return target in self.chain and self._work(link)
+            case TakeAttributes(source, target):
+                return source in self.members and (target in self.members or self._work(target))
+            case Sync(path):
+                return path in self.chain | self.directories or self._work(path)
+            case Rename(old, new):
+                return new in self.members and (old in self.members or self._work(old))
+            case Unlink(path):
+                return path in self.members or self._work(path)
+
+    def _command(self, step: Command) -> bool:
+        argv = step.argv
+        if len(argv) < 3 or argv[0] not in _VERBS:
+            return False
+        if not self.chain.issuperset(step.writes):
+            return False
+        if step.cwd is not None and step.cwd not in self.places:
+            return False
+        if argv[0] == "create":
+            return self._work((step.cwd or Path("/")) / argv[-2])
+        if "--image-opts" in argv:
+            # A pull into the hard link to the target: what is written to is named there.
+            target = self.group.layers[self.group.target].path
+            names = [str(each.link).replace(",", ",,") for each in self._links(target)]
+            named = any(f",file.filename={name}," in argv[-1] for name in names)
+            return step.writes == (target,) and named
+        return set(_images(argv)) <= set(step.writes)
+
+    def _links(self, target: Path) -> Iterator[HardLink]:
+        for step in self.group.steps:
+            if isinstance(step, HardLink) and step.existing == target:
+                yield step
+
+    # --- names ---------------------------------------------------------------------
+
+    def _beside(self, path: Path) -> bool:
+        """A work file beside an image of the group."""
+        return (
+            path.parent in self.places
+            and path.name.startswith(WORK_PREFIX)
+            and not path.name.endswith(JOURNAL_SUFFIX)
+        )
+
+    def _work(self, path: Path) -> bool:
+        """A work file: beside an image, or in a work directory there."""
+        return path.name != ".." and (self._beside(path) or self._beside(path.parent))
+
+    def _saved(self, path: Path) -> bool:
+        """The further name that --keep-files gives to a replaced file."""
+        return any(
+            path.parent == member.parent and path.name.startswith(member.name + SAVED_SUFFIX)
+            for member in self.members
+        )
+
+
+def _images(argv: tuple[str, ...]) -> Iterator[Path]:
+    """The images that commit, resize or `rebase -u` writes to, from the command line."""
+    if argv[0] == "commit":
+        yield Path(argv[argv.index("-b") + 1])
+    yield Path(argv[-2] if argv[0] == "resize" else argv[-1])
+
+
+def _well_typed(step: Step) -> bool:
+    for field in fields(step):
+        value = getattr(step, field.name)
+        kinds = {"argv": tuple, "writes": tuple, "weight": int, "commits": bool}
+        if isinstance(value, Path):
+            if not value.is_absolute():
+                return False
+        elif not isinstance(value, kinds.get(field.name, str)) and (
+            value is not None or field.name in kinds
+        ):
+            return False
+    return not isinstance(step, Command) or all(isinstance(word, str) for word in step.argv)

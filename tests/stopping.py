@@ -1,0 +1,80 @@
+"""What the recovery tests share: a merge that is killed before a step of one's choice."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from merging import Disk
+
+from qchain.chain.chain import open_chain
+from qchain.chain.gate import Gate
+from qchain.plan.options import MergeOptions
+from qchain.plan.plan import Plan, make_plan
+from qchain.plan.selection import Request
+from qchain.plan.steps import Command, Rename, Step, Unlink
+from qchain.run.execute import execute
+from qchain.run.recover import journals_at
+
+__all__ = ["LINES", "commit_began", "deleting", "renaming", "stopped", "the_journal"]
+
+LINES = ["256k:A", "64k:- 64k:B 128k:-", "64k:C 192k:-"]
+"""base, l1, l2; each shows something through."""
+
+
+def stopped(
+    disk: Disk,
+    drop: Iterable[str],
+    options: MergeOptions,
+    when: Callable[[int, Step], bool],
+    gate: Gate | None = None,
+) -> Plan:
+    """Merge in a child that is killed before the first step for which `when` holds."""
+    with open_chain(disk.active, gate) as chain:
+        plan = make_plan(chain, Request(drop=tuple(drop)), options)
+        assert not plan.refusals, plan.refusals
+        child = os.fork()
+        if child == 0:
+            seen = 0
+
+            def look(step: Step) -> None:
+                nonlocal seen
+                if when(seen, step):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                seen += 1
+
+            try:
+                execute(plan, chain, before_step=look)
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status), "it came to its end"
+    return plan
+
+
+def renaming(_number: int, step: Step) -> bool:
+    return isinstance(step, Rename)
+
+
+def deleting(_number: int, step: Step) -> bool:
+    """The first image that is deleted."""
+    return isinstance(step, Unlink) and not step.path.name.startswith((".", "image"))
+
+
+def commit_began() -> Callable[[int, Step], bool]:
+    """The step after the commit: it has written, and nothing is flushed or noted yet."""
+    done = False
+
+    def when(_number: int, step: Step) -> bool:
+        nonlocal done
+        after, done = done, isinstance(step, Command) and step.commits
+        return after
+
+    return when
+
+
+def the_journal(directory: Path) -> Path:
+    (found,) = journals_at(directory)
+    return found
