@@ -76,11 +76,11 @@ class ChainLocks:
         Raises `Refused` on leaving when somebody got hold of what was released.
         """
         kept: list[Layer] = []
-        given = [layer for layer in self.layers if _is_any(layer, writes)]
+        given = [layer for layer in self.layers if _is_any(layer, writes) and _has_locks(layer)]
         if named is not None:
-            kept = [layer for layer in given if _is_any(layer, [named]) and _has_locks(layer)]
+            kept = [layer for layer in given if _is_any(layer, [named])]
             given = [layer for layer in given if layer not in kept]
-        passed = list(between)
+        passed = [layer for layer in between if _has_locks(layer)]
         for layer in kept:
             hold_writer(layer.file.fd)
         for layer in passed:
@@ -93,8 +93,7 @@ class ChainLocks:
             for layer in kept:
                 step_down(layer.file.fd)
             for layer in (*given, *passed):
-                if _has_locks(layer):
-                    hold_reader(layer.file.fd)
+                hold_reader(layer.file.fd)
 
     def before_switch(self, kept: HostFile) -> None:
         """Nobody may have the kept image open when its name goes to another file."""
