@@ -100,7 +100,7 @@ def test_what_was_written_is_taken_over_by_a_second_recovery(disk: Disk) -> None
     qemu_io(disk.active, [WRITE], "qcow2")
     expected = raw_of(disk.active)
     program = disk.directory.parent / "qemu-img"
-    program.write_text('#!/bin/sh\nqemu-img "$@"\nkill -9 $PPID\nsleep 9\n')
+    program.write_text('#!/bin/sh\nqemu-img "$@"\nkill -9 $PPID\n')
     program.chmod(0o755)
     child = os.fork()
     if child == 0:
