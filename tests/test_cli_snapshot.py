@@ -105,11 +105,16 @@ def test_refused(tmp_path: Path) -> None:
     disk.expect(untouched, complete=False)
 
 
+def tmp_drafts(directory: Path) -> list[Path]:
+    return list(directory.glob(".qchain-*"))
+
+
 class Idle(QemuImg):
     """Makes an image of nothing, and says that all went well."""
 
-    def run(self, argv, progress=None, cwd=None):  # type: ignore[no-untyped-def]
-        qemu_img("create", "-q", "-f", "qcow2", argv[-2], argv[-1])
+    def run(self, argv, progress=None, cwd=None, pass_fds=()):  # type: ignore[no-untyped-def]
+        (made,) = tmp_drafts(Path(cwd))
+        qemu_img("create", "-q", "-f", "qcow2", made, argv[-1])
 
 
 def test_an_overlay_that_shows_something_else_is_not_used(tmp_path: Path) -> None:
@@ -129,7 +134,7 @@ def test_stopped_after_the_link_and_repeated(
     disk = made(tmp_path / "d")
 
     class Stops(QemuImg):
-        def run(self, argv, progress=None, cwd=None):  # type: ignore[no-untyped-def]
+        def run(self, argv, progress=None, cwd=None, pass_fds=()):  # type: ignore[no-untyped-def]
             raise Killed
 
     with open_chain(disk.active) as chain, pytest.raises(Killed):

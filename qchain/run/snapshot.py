@@ -23,6 +23,7 @@ from qchain.plan.refusals import stranger_refusals
 from qchain.run.attributes import take_attributes
 from qchain.run.durable import fsync_directory, fsync_file
 from qchain.run.locking import ChainLocks, sole
+from qchain.run.private import open_private
 from qchain.run.qemu_img import QemuImg
 from qchain.verify.compare import compare
 
@@ -56,8 +57,7 @@ def take_snapshot(
             fsync_directory(new.parent)
         draft.unlink(missing_ok=True)
         try:
-            argv = create_empty_argv(draft, chain.size, name, live.format)
-            (qemu or QemuImg()).run(argv, cwd=overlay.parent)
+            _create(draft, chain, name, qemu or QemuImg())
             take_attributes(path, draft)
             fsync_file(draft)
             _require_equal(chain, draft)
@@ -76,6 +76,17 @@ def take_snapshot(
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
     return overlay
+
+
+def _create(draft: Path, chain: Chain, backing: str, qemu: QemuImg) -> None:
+    """By a descriptor: whoever owns the directory may swap the name for a link."""
+    fd = open_private(draft)
+    try:
+        argv = create_empty_argv(draft, chain.size, backing, chain.active.format)
+        argv[-2] = f"/proc/self/fd/{fd}"
+        qemu.run(argv, cwd=draft.parent, pass_fds=(fd,))
+    finally:
+        os.close(fd)
 
 
 def _require_fit(chain: Chain, path: Path, new: Path, keep_active_name: bool) -> None:

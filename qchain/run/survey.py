@@ -19,6 +19,7 @@ from pathlib import Path
 from qchain.chain.chain import open_layer
 from qchain.chain.gate import Gate
 from qchain.chain.layer import Layer
+from qchain.chain.scan import identity
 from qchain.errors import Refused
 from qchain.hostfile import FileId, HostFile
 from qchain.plan.refusals import stranger_refusals
@@ -225,7 +226,7 @@ def _differs(journal: Journal, known: LayerRecord, files: Files) -> bool:
 # --- who else needs the files ---------------------------------------------------------
 
 
-def refuse_overlays(journal: Journal, first: int, files: Files) -> None:
+def refuse_overlays(journal: Journal, first: int) -> None:
     """Raise `Refused` when an image outside the chain backs on what is still to be changed.
 
     A snapshot may have been taken since the merge was stopped. `first`: where the present
@@ -239,14 +240,11 @@ def refuse_overlays(journal: Journal, first: int, files: Files) -> None:
         ends = _touched(journal, record, ahead)
         for known in record.members:
             places.add(known.path.parent)
-            if known.path in ends and _id(files, known.path) == known.id:
+            if known.path in ends and identity(known.path) == known.id:
                 touched[known.id] = known.path
     chain = {known.id for known in journal.chain}
-    lines = stranger_refusals(touched, chain, [*sorted(places), *journal.scan])
-    if lines:
-        what, _, why = lines[0].partition(": ")
-        todo = "merge or move that overlay first, or try 'qchain recover --back'"
-        raise Refused(what, why.partition("; ")[0], todo)
+    for line in stranger_refusals(touched, chain, [*sorted(places), *journal.scan]):
+        raise Refused("recover", line, "or try 'qchain recover --back'")
 
 
 def _touched(journal: Journal, record: GroupRecord, ahead: tuple[Step, ...]) -> set[Path]:
