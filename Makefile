@@ -1,5 +1,5 @@
 # Everything from a fresh clone: each target first installs what is missing (scripts/setup).
-.PHONY: help setup demo test damaged product bench fuzz clean
+.PHONY: help setup chain demo test damaged product bench fuzz clean
 
 help:
 	@echo "make demo    build a real chain, merge it, prove that nothing changed"
@@ -8,11 +8,15 @@ help:
 	@echo "make product read images of qemu-img in all 9641 combinations of its options"
 	@echo "make bench   qchain and qemu-img side by side (BENCH=--quick: small images)"
 	@echo "make fuzz    a million damaged images through the library (FUZZ=\"--count 10000 --seed 5\")"
+	@echo "make chain   the demo's chain in DIR, to try things on (make chain DIR=/tmp/vm)"
 	@echo "make setup   only install what demo and bench need; the command is .venv/bin/qchain"
 	@echo "make clean   remove .venv and all caches"
 
 setup:
 	@bash scripts/setup
+
+chain: setup
+	@.venv/bin/python -m fixtures.ext4 $(or $(DIR),$(error say DIR=/tmp/vm))
 
 demo: setup
 	@.venv/bin/python -m fixtures.demo

@@ -49,10 +49,11 @@ def commit(
             names = ", ".join(repr(Path(name).name) for name in reversed(request.drop))
             kept = chain.layers[0].path.name if top is None else Path(top).name
             lowest = Path(request.drop[-1]).name
-            write(f"The points of {names} vanish; {lowest!r} becomes what {kept!r} is.\n\n")
+            write(f"The points of {names} vanish; {lowest!r} becomes what {kept!r} is.\n")
+            write(f"The name {kept!r} goes: what uses it is to use {lowest!r}.\n\n")
         return request, how
 
-    carry_out([active], carrying, common, yes, wanted)
+    carry_out("commit", [active], carrying, common, yes, wanted)
 
 
 @command
@@ -71,5 +72,10 @@ def pull(
 
     options = options_of(carrying)
     carry_out(
-        [image], carrying, common, yes, lambda chain: pull_request(chain.layers, base, options)
+        "pull",
+        [image],
+        carrying,
+        common,
+        yes,
+        lambda chain: pull_request(chain.layers, base, options),
     )

@@ -35,13 +35,20 @@ def merge(
     """Merge: drop points of a chain; every kept one reads as before, and that is verified."""
     from .planning import asked
 
-    carry_out(active, merging, common, yes, asked(merging))
+    carry_out("merge", active, merging, common, yes, asked(merging))
 
 
 def carry_out(
-    active: Sequence[Path], merging: Carrying, common: Common, yes: bool, wanted: Wanted
+    name: str,
+    active: Sequence[Path],
+    merging: Carrying,
+    common: Common,
+    yes: bool,
+    wanted: Wanted,
 ) -> None:
     """Plan what is `wanted` of the chain, show it, ask, do it, tell the outcome.
+
+    `name`: of the command, for its messages.
 
     Raises: whatever planning and merging raise.
     """
@@ -51,7 +58,7 @@ def carry_out(
 
     terminal = sys.stdin is not None and sys.stdin.isatty()
     if not (yes or terminal or merging.dry_run):
-        raise UsageError("merge", "there is no terminal to ask on", "add --yes to merge unasked")
+        raise UsageError(name, "there is no terminal to ask on", "add --yes to merge unasked")
     with opened_and_planned(active, merging, common, wanted) as (chain, plan):
         document = plan.as_json(program())
         if merging.output is not None:
@@ -66,7 +73,7 @@ def carry_out(
         if merging.dry_run:
             return
         if not yes and plan.steps:
-            _ask(plan, common.json)
+            _ask(name, plan, common.json)
         with ending_in_order(), common.reporter() as reporter:
             result = execute(plan, chain, None, reporter)
     with done_already("the merge is done"):
@@ -76,17 +83,19 @@ def carry_out(
             write(_result_text(result))
 
 
-def _ask(plan: Plan, shown: bool) -> None:
+def _ask(name: str, plan: Plan, shown: bool) -> None:
     """Ask on the terminal. Raises `Refused` unless the answer is yes."""
-    from .planning import show_plan
+    from .planning import deleted_names, show_plan
 
     if shown:
         # stdout is for the JSON document alone.
         show_plan(plan, stderr=True)
-    sys.stderr.write("\nMerge? [y/N] ")
+    count = sum(len(deleted_names(plan, group)) for group in plan.groups)
+    question = f"Merge, and delete {count} file{'s' * (count != 1)}?" if count else "Merge?"
+    sys.stderr.write(f"\n{question} [y/N] ")
     sys.stderr.flush()
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise Refused("merge", "not confirmed", "nothing was changed")
+        raise Refused(name, "not confirmed", "nothing was changed")
 
 
 @contextmanager

@@ -181,6 +181,14 @@ def show_plan(plan: Plan, stderr: bool = False) -> None:
         out.print(safe(f"{len(plan.steps)} steps; --dry-run prints the commands."))
 
 
+def deleted_names(plan: Plan, group: GroupPlan) -> list[str]:
+    """The file names of the images that go away with `group`."""
+    if plan.options.keep_files or group.result is None:
+        return []
+    members = [plan.layers[index].path.absolute() for index in group.group.members]
+    return [path.name for path in members if path != group.result]
+
+
 def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, Any]) -> None:
     from .tables import facts, safe, seconds_text, size_text, table
 
@@ -191,13 +199,16 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
     if len(dropped) > _SHOWN:
         dropped = [*dropped[: _SHOWN - 2], f"({len(dropped) - _SHOWN + 1} more)", dropped[-1]]
     result = kept if group.result is None else group.result.name
-    drawn = facts(
-        [
-            ("before", " -> ".join([kept, *dropped, *below])),
-            ("after", " -> ".join([result, *below])),
-        ],
-        out.width,
-    )
+    lines = [
+        ("before", " -> ".join([kept, *dropped, *below])),
+        ("after", " -> ".join([result, *below])),
+    ]
+    gone = deleted_names(plan, group)
+    if gone:
+        lines.append(
+            ("deletes", ", ".join(gone if len(gone) <= _SHOWN else [f"{len(gone)} files"]))
+        )
+    drawn = facts(lines, out.width)
     out.print(drawn, end="", soft_wrap=True)
     out.print()
     rows = []
@@ -219,7 +230,8 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
         heads = ("", "strategy", "into", "reads>", "writes>", "grows>", "frees>", "time>")
         out.print(table(heads, rows))
     for candidate in group.candidates:
-        if not candidate.feasible and candidate.target is not None:
+        asked_for = (candidate.reason or "").startswith("--strategy ")
+        if not candidate.feasible and not asked_for and candidate.target is not None:
             into = names[candidate.target]
             text = f"  {candidate.strategy} into {into}: not possible: {candidate.reason}"
             out.print(safe(text))

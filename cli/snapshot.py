@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from qchain.errors import printable
+
 from .options import Common, command
 from .output import absolute, write, write_json
 
@@ -44,4 +46,6 @@ def snapshot(
     if common.json:
         write_json({"active": absolute(live), "backing": absolute(below)})
     else:
-        write(f"{live} is the live image from now on; what it showed stays in {below}.\n")
+        new_name, old = printable(live), printable(below)
+        write(f"{new_name} is the live image from now on, for the guest to use; {old} keeps\n")
+        write("what the guest had, and must not be written to any more.\n")

@@ -65,9 +65,10 @@ class HostFile:
 
     def close(self) -> None:
         """Close the file; closing twice is fine."""
-        if getattr(self, "fd", -1) >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        fd, self.fd = getattr(self, "fd", -1), -1
+        if fd >= 0:
+            # Forgotten first: an interrupt may come while a large file is being freed.
+            os.close(fd)
 
     def __enter__(self) -> HostFile:
         return self

@@ -142,7 +142,8 @@ def make_plan(
     options = options or MergeOptions()
     layers = chain.layers
     groups = groups_of(select(request, layers), len(layers))
-    refusals = unfinished_refusals(layers, groups)
+    unfinished = unfinished_refusals(layers, groups)
+    refusals: list[str] = []
     refusals += [line for group in groups for line in file_refusals(layers, group)]
     refusals += overlay_refusals(layers, groups, options)
     found: list[tuple[Group, list[Candidate], Candidate | None]] = []
@@ -157,6 +158,8 @@ def make_plan(
             refusals += above_refusals(layers, group, chosen.target, options)
         found.append((group, candidates, chosen))
     refusals += space_refusals(needs)
+    # What a stopped merge left in place speaks of nothing but that merge.
+    refusals = unfinished or refusals
     plans: list[GroupPlan] = []
     token = secrets.token_hex(3)
     results: dict[int, tuple[Path, str]] = {}

@@ -100,6 +100,11 @@ class Header:
         return bool(self.incompatible & DIRTY)
 
     @property
+    def lazy_refcounts(self) -> bool:
+        """Refcounts may be written late; `dirty` says that they were not."""
+        return bool(self.compatible & 1)
+
+    @property
     def corrupt(self) -> bool:
         """Someone found metadata broken; only reading is allowed."""
         return bool(self.incompatible & CORRUPT)

@@ -409,6 +409,9 @@ class GroupRun:
                 return name != self.record.present[0]
         if name is not None and WORK_PREFIX in name:
             raise FailedMidway(self.t_path, "is another file, and backs on a work file")
+        if any(path.name.endswith(".b") and os.path.lexists(path) for path in self.made):
+            # The image that was pulled into has another name now, and may name an alias.
+            raise FailedMidway(self.t_path, "is another file than the one pulled into")
         return False  # another file: not ours to change
 
     def put_back(self) -> bool:

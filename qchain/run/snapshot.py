@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qchain.chain.chain import Chain, open_chain
 from qchain.chain.gate import Gate
-from qchain.chain.scan import WORK_PREFIX
+from qchain.chain.scan import WORK_PREFIX, unfinished_of
 from qchain.errors import FailedMidway, Refused, UsageError
 from qchain.plan.commands import create_empty_argv
 from qchain.plan.refusals import stranger_refusals
@@ -91,6 +91,9 @@ def _create(draft: Path, chain: Chain, backing: str, qemu: QemuImg) -> None:
 
 def _require_fit(chain: Chain, path: Path, new: Path, keep_active_name: bool) -> None:
     live = chain.active
+    for journal in unfinished_of(layer.path for layer in chain.layers):
+        todo = f"'qchain recover {journal.parent}' first"
+        raise Refused(journal, "a merge of this chain is not finished", todo)
     if path.is_symlink():
         raise Refused(path, "is a symbolic link", f"name {os.path.realpath(path)} itself")
     if not new.parent.is_dir():
