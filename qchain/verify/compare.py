@@ -26,9 +26,9 @@ __all__ = ["Comparison", "compare"]
 
 BATCH = 4 << 20
 """Guest bytes of short runs that a thread is given at once."""
-_LONG = 8 << 20
+_LONG = 16 << 20
 """The same of one long run, which is read in steps."""
-_STEP = 2 << 20
+_STEP = 1 << 20
 """Of a long run, bytes read and compared at once: both sides stay in the cache."""
 SECTOR = 512
 MAX_RANGES = 1 << 20
@@ -174,6 +174,11 @@ def _batches(pairs: Pairs, wanted: npt.NDArray[np.bool_]) -> Iterator[tuple[Runs
 def _part(table: Runs, ends: npt.NDArray[np.int64], position: int, size: int) -> Runs:
     """`size` bytes of the runs put end to end, from `position` on; `ends`: where each ends."""
     stop = min(position + size, int(ends[-1]))
+    if len(table) == 1 and table.kind[0] == Kind.DATA:
+        # Most of what is read comes in long runs: not so much ado about each part.
+        shift = np.uint64(position)
+        length = np.array([stop - position], np.int64)
+        return Runs(table.start + position, length, table.depth, table.kind, table.host + shift)
     first = int(np.searchsorted(ends, position, "right"))
     last = int(np.searchsorted(ends, stop, "left")) + 1
     low = int(table.start[first] + table.length[first] - ends[first]) + position
@@ -220,7 +225,7 @@ def compare(
                 out.compared_bytes += int(left.length.sum())
                 end = int(left.start[-1] + left.length[-1])
                 waiting.append((end, pool.submit(_compare_batch, a, b, left, right)))
-                settle(2 * workers() + 2)
+                settle(workers() + 2)
                 if stop_early and not out.identical:
                     break
             if stop_early and not out.identical:
