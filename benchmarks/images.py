@@ -18,6 +18,11 @@ def _qemu_img(*arguments: str | Path) -> None:
     subprocess.run([QEMU_IMG, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
 
 
+def _qemu_io(path: Path, script: str) -> None:
+    argv = ["qemu-io", "-f", "qcow2", str(path)]
+    subprocess.run(argv, input=script, text=True, check=True, stdout=subprocess.DEVNULL)
+
+
 def _random_raw(path: Path, size: int, seed: int = 7) -> None:
     """Random bytes, with every eighth 16 MiB left a hole."""
     generator = np.random.default_rng(seed)
@@ -47,13 +52,7 @@ def filled(path: Path, size: int) -> Path:
         for at in range(0, size, 16 * _MIB)
         if at // (16 * _MIB) % 8 != 7
     )
-    subprocess.run(
-        ["qemu-io", "-f", "qcow2", str(path)],
-        input=script,
-        text=True,
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    _qemu_io(path, script)
     return path
 
 
@@ -66,12 +65,6 @@ def overlays(base: Path, size: int) -> tuple[Path, Path]:
         script = "".join(
             f"write -P {1 + at // _MIB % 250} {at} {_MIB}\n" for at in range(0, size, 32 * _MIB)
         )
-        subprocess.run(
-            ["qemu-io", "-f", "qcow2", str(path)],
-            input=script,
-            text=True,
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        _qemu_io(path, script)
         made.append(path)
     return made[0], made[1]

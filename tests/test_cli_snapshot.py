@@ -124,6 +124,14 @@ def test_an_overlay_that_shows_something_else_is_not_used(tmp_path: Path) -> Non
     disk.expect({path.name: path.name for path in disk.paths})
 
 
+def test_a_failure_takes_the_second_name_back(tmp_path: Path) -> None:
+    disk = made(tmp_path / "d")
+    with open_chain(disk.active) as chain, pytest.raises(FailedMidway, match="does not read as"):
+        take_snapshot(chain, disk.directory / "b.qcow2", keep_active_name=True, qemu=Idle())
+    disk.expect({path.name: path.name for path in disk.paths})
+    assert disk.active.stat().st_nlink == 1
+
+
 class Killed(BaseException):
     """Everything stops here."""
 

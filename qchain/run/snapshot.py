@@ -17,7 +17,7 @@ from pathlib import Path
 from qchain.chain.chain import Chain, open_chain
 from qchain.chain.gate import Gate
 from qchain.chain.scan import WORK_PREFIX, unfinished_of
-from qchain.errors import FailedMidway, Refused, UsageError
+from qchain.errors import FailedMidway, QchainError, Refused, UsageError
 from qchain.plan.commands import create_empty_argv
 from qchain.plan.refusals import stranger_refusals
 from qchain.run.attributes import take_attributes
@@ -28,6 +28,8 @@ from qchain.run.qemu_img import QemuImg
 from qchain.verify.compare import compare
 
 __all__ = ["take_snapshot"]
+
+_UNCHANGED = "nothing that the guest reads has changed; mend this and try again"
 
 
 def take_snapshot(
@@ -52,7 +54,8 @@ def take_snapshot(
         overlay = path if keep_active_name else new
         name = below.name if below.parent == overlay.parent else str(below)
         draft = overlay.with_name(f"{WORK_PREFIX}{overlay.name[:200]}.new")
-        if keep_active_name and not new.exists():
+        linked = keep_active_name and not new.exists()
+        if linked:
             os.link(path, new, follow_symlinks=False)
             fsync_directory(new.parent)
         draft.unlink(missing_ok=True)
@@ -69,9 +72,16 @@ def take_snapshot(
                 os.link(draft, overlay, follow_symlinks=False)
                 draft.unlink()
             fsync_directory(overlay.parent)
-        except OSError as error:
+        except (OSError, QchainError) as error:
+            # As long as the live name is the same file, the other one is a spare name of it.
+            if linked and path.samefile(new):
+                new.unlink()
+            if isinstance(error, Refused):
+                raise
+            if isinstance(error, QchainError):
+                raise FailedMidway(error.what, error.why, _UNCHANGED) from None
             why = (error.strerror or str(error)).lower()
-            raise FailedMidway(overlay, why, "nothing the guest reads has changed") from None
+            raise FailedMidway(overlay, why, _UNCHANGED) from None
         finally:
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
