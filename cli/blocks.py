@@ -11,7 +11,7 @@ from .options import Carrying, Common, command
 from .output import write
 
 if TYPE_CHECKING:
-    from qchain.chain.chain import Chain
+    from qchain.chain.chain_tree import ChainTree
     from qchain.plan.options import MergeOptions
     from qchain.plan.selection import Request
 
@@ -43,7 +43,7 @@ def commit(
 
     options = options_of(carrying)
 
-    def wanted(chain: Chain) -> tuple[Request, MergeOptions]:
+    def wanted(chain: ChainTree) -> tuple[Request, MergeOptions]:
         request, how = commit_request(chain.layers, base, top, options)
         if not common.json and not carrying.dry_run:
             names = ", ".join(repr(Path(name).name) for name in reversed(request.drop))
