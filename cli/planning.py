@@ -39,6 +39,8 @@ __all__ = [
 Wanted: TypeAlias = "Callable[[ChainTree], tuple[Request, MergeOptions]]"
 """What is to be done to a tree, known once it is open."""
 
+_AT_RISK = {"none": "nothing", "dropped": "dropped"}
+
 _SHOWN = 5  # images of a group that are named in a drawing
 
 
@@ -174,6 +176,10 @@ def show_plan(plan: Plan, stderr: bool = False) -> None:
         out.print()
         for line in plan.refusals:
             out.print(safe(f"refused: {line}"))
+    if plan.groups:
+        out.print()
+        out.print(safe(f"Times are {plan.model.source}."))
+        out.print(safe("At risk: points that a stop midway may spoil for good; kept ones never are."))
     if plan.steps and not stderr:
         out.print()
         out.print(safe(f"{len(plan.steps)} steps; --dry-run prints the commands."))
@@ -226,10 +232,21 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
                     size_text(candidate.target_growth_bytes),
                     size_text(candidate.freed_bytes),
                     seconds_text(candidate.seconds),
+                    _AT_RISK[candidate.risk],
                 )
             )
     if rows:
-        heads = ("", "strategy", "into", "reads>", "writes>", "grows>", "frees>", "time>")
+        heads = (
+            "",
+            "strategy",
+            "into",
+            "reads>",
+            "writes>",
+            "grows>",
+            "frees>",
+            "time>",
+            "at risk",
+        )
         out.print(table(heads, rows))
     for candidate in group.candidates:
         asked_for = (candidate.reason or "").startswith("--strategy ")

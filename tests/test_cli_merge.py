@@ -157,7 +157,6 @@ def test_several_refusals_are_one_line(tmp_path: Path) -> None:
         ("--flatten", "--engine", "native"),
         ("--flatten", "--verify", "manifest"),
         ("--flatten", "--exact"),
-        ("--flatten", "second.qcow2"),
     ],
 )
 def test_what_comes_later_is_refused_by_name(disk: Disk, arguments: tuple[str, ...]) -> None:

@@ -42,6 +42,12 @@ class Candidate:
     def feasible(self) -> bool:
         return self.reason is None
 
+    @property
+    def risk(self) -> str:
+        """What no longer reads as before if the merge is stopped midway and given up: "none" of
+        the points, or "dropped" ones, which a commit writes over. Kept ones always do."""
+        return "none" if self.strategy in ("pull", "copy") else "dropped"
+
 
 def strategy_of(position: int, count: int) -> str:
     """The word for the target at `position` of a group of `count` (0 = the kept image)."""

@@ -40,6 +40,7 @@ class Plan:
     refusals: tuple[str, ...]
     token: str = ""
     """Part of the journal's name."""
+    model: TimeModel = DEFAULT
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -58,6 +59,7 @@ class Plan:
         return {
             "active": [self.path(index) for index in self.tree.actives],
             "groups": [self._group_json(group) for group in self.groups],
+            "seconds_from": self.model.source,
             "steps": [as_json(step, program) for step in self.steps],
             "refusals": list(self.refusals),
         }
@@ -88,6 +90,7 @@ class Plan:
                     "peak_extra_bytes": candidate.peak_extra_bytes,
                     "freed_bytes": candidate.freed_bytes,
                     "seconds": candidate.seconds,
+                    "risk": candidate.risk,
                 }
                 for candidate in plan.candidates
             ],
@@ -139,7 +142,7 @@ def make_plan(
     if narrow:
         refusals += narrow
         plans = [replace(plan, steps=(), result=None) for plan in plans]
-    return Plan(tree, options, tuple(plans), tuple(dict.fromkeys(refusals)), token)
+    return Plan(tree, options, tuple(plans), tuple(dict.fromkeys(refusals)), token, model)
 
 
 def _refusals(tree: ChainTree, plans: Sequence[GroupPlan], options: MergeOptions) -> list[str]:
