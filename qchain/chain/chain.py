@@ -118,7 +118,10 @@ def open_layer(
 
 
 def open_chain(
-    path: Path, gate: Gate | None = None, fmt: str | None = None, snapshot: str | None = None
+    path: str | os.PathLike[str],
+    gate: Gate | None = None,
+    fmt: str | None = None,
+    snapshot: str | None = None,
 ) -> Chain:
     """Open the image `path` and all that it backs on.
 
@@ -129,7 +132,7 @@ def open_chain(
     Raises: `ImageError` (missing, invalid, a loop, too deep), `NotAllowed`,
         `FormatNotRecorded`, `Unsupported`. Nothing stays open then.
     """
-    gate = gate or Gate()
+    path, gate = Path(path), gate or Gate()
     opened: list[HostFile] = []
     layers: list[Layer] = []
     seen: dict[FileId, Path] = {}
