@@ -10,9 +10,11 @@ from .options import Point
 from .output import absolute, note
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from qchain.chain.chain import Chain
+    from qchain.chain.chain_tree import ChainTree
     from qchain.chain.gate import Gate
     from qchain.hostfile import HostFile
 
@@ -23,6 +25,7 @@ __all__ = [
     "missing_field",
     "missing_lines",
     "open_for",
+    "open_tree_for",
     "refuse_writer",
     "tell_cut",
     "tell_unfinished",
@@ -70,6 +73,25 @@ def open_for(path: Path, common: Common, gate: Gate | None = None) -> Chain:
     if chain.missing is not None:
         note(_missing_text(chain.missing))
     return chain
+
+
+def open_tree_for(paths: Sequence[Path], common: Common) -> ChainTree:
+    """The chains of several active images, each file once.
+
+    Raises: what `qchain.chain.chain_tree.open_tree` raises; `Refused` when an image is in
+        use by a writer and the options do not allow that.
+    """
+    from qchain.chain.chain_tree import open_tree
+
+    tree = open_tree(paths, common.gate(), common.format)
+    try:
+        if not common.force_share:
+            for layer in tree.layers:
+                refuse_writer(layer.path, layer.file)
+    except BaseException:
+        tree.close()
+        raise
+    return tree
 
 
 def _missing_text(path: Path) -> str:

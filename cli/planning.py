@@ -13,14 +13,14 @@ import typer
 
 from qchain.errors import ExitCode, Refused, UsageError, printable
 
-from .options import LATER, Carrying, Common, Merging
+from .options import Carrying, Common, Merging
 from .output import console, note, shell_word, write
 from .tables import count_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qchain.chain.chain import Chain
+    from qchain.chain.chain_tree import ChainTree
     from qchain.plan.options import MergeOptions
     from qchain.plan.plan import GroupPlan, Plan
     from qchain.plan.selection import Request
@@ -37,8 +37,8 @@ __all__ = [
     "write_commands",
 ]
 
-Wanted: TypeAlias = "Callable[[Chain], tuple[Request, MergeOptions]]"
-"""What is to be done to a chain, known once it is open."""
+Wanted: TypeAlias = "Callable[[ChainTree], tuple[Request, MergeOptions]]"
+"""What is to be done to a tree, known once it is open."""
 
 _SHOWN = 5  # images of a group that are named in a drawing
 
@@ -92,33 +92,31 @@ def opened_and_planned(
     carrying: Carrying,
     common: Common,
     wanted: Wanted,
-) -> Iterator[tuple[Chain, Plan]]:
-    """Open the chain and plan the merge that is `wanted` of it; closed on leaving.
+) -> Iterator[tuple[ChainTree, Plan]]:
+    """Open the images and plan the merge that is `wanted` of them; closed on leaving.
 
-    Raises: `Refused` (several active images, in use, a backing format that is not
-        recorded, options of reading), `UsageError`, other `ImageError`s.
+    Raises: `Refused` (in use, a backing format that is not recorded, options of
+        reading), `UsageError`, other `ImageError`s.
     """
     from qchain.chain.chain import FormatNotRecorded
     from qchain.plan.plan import make_plan
 
-    from .opening import open_for
+    from .opening import open_tree_for
 
     carrying.refuse(common)
     for directory in carrying.scan or ():
         if not directory.is_dir():
             raise UsageError(directory, "is no directory", "give --scan a directory")
-    if len(active) > 1:
-        raise Refused(active[1], f"several active images: this {LATER}", "merge one at a time")
     try:
-        chain = open_for(active[0], common)
+        tree = open_tree_for(active, common)
     except FormatNotRecorded as error:
         raise Refused(error.what, error.why, error.todo) from None
-    with chain:
-        request, options = wanted(chain)
+    with tree:
+        request, options = wanted(tree)
         with common.reporter() as reporter:
-            reporter.step("planning", chain.size)
-            plan = make_plan(chain, request, options, progress=reporter.advance)
-        yield chain, plan
+            reporter.step("planning", sum(tree.layers[index].size for index in tree.actives))
+            plan = make_plan(tree, request, options, progress=reporter.advance)
+        yield tree, plan
 
 
 def program() -> str:
@@ -192,7 +190,7 @@ def deleted_names(plan: Plan, group: GroupPlan) -> list[str]:
     """The file names of the images that go away with `group`."""
     if plan.options.keep_files or group.result is None:
         return []
-    members = [plan.layers[index].path.absolute() for index in group.group.members]
+    members = [plan.layers[index].path.absolute() for index in group.group.owned]
     return [path.name for path in members if path != group.result]
 
 
@@ -215,6 +213,10 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
         lines.append(
             ("deletes", ", ".join(gone if len(gone) <= _SHOWN else [f"{len(gone)} files"]))
         )
+    shared = [names[index] for index in group.group.shared]
+    if shared:
+        said = ", ".join(shared if len(shared) <= _SHOWN else [f"{len(shared)} files"])
+        lines.append(("leaves", f"{said} (others still back on it)"))
     drawn = facts(lines, out.width)
     out.print(drawn, end="", soft_wrap=True)
     out.print()
