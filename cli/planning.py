@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,7 +175,8 @@ def show_plan(plan: Plan, stderr: bool = False) -> None:
         _show_group(out, plan, group, fields)
     if len(plan.refusals) > 1:
         out.print()
-        for line in plan.refusals:
+        # On a terminal stderr shows the first right below.
+        for line in plan.refusals[1 if _one_screen() else 0 :]:
             out.print(safe(f"refused: {line}"))
     if plan.groups:
         out.print()
@@ -183,6 +185,11 @@ def show_plan(plan: Plan, stderr: bool = False) -> None:
     if plan.steps and not stderr:
         out.print()
         out.print(safe(f"{len(plan.steps)} steps; --dry-run prints the commands."))
+
+
+def _one_screen() -> bool:
+    """Whether stdout and stderr are both a terminal, so that a line on either is seen."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr))
 
 
 def deleted_names(plan: Plan, group: GroupPlan) -> list[str]:

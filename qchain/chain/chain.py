@@ -119,7 +119,7 @@ def open_layer(
 
 
 def open_chain(
-    path: Path,
+    path: str | os.PathLike[str],
     gate: Gate | None = None,
     fmt: str | None = None,
     snapshot: str | None = None,
@@ -135,7 +135,7 @@ def open_chain(
     Raises: `ImageError` (missing, invalid, a loop, too deep), `NotAllowed`,
         `FormatNotRecorded`, `Unsupported`. Nothing stays open then.
     """
-    gate = gate or Gate()
+    path, gate = Path(path), gate or Gate()
     opened: list[HostFile] = []
     layers: list[Layer] = []
     seen: dict[FileId, Path] = {}
