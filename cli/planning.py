@@ -181,7 +181,7 @@ def show_plan(plan: Plan, stderr: bool = False) -> None:
     if plan.groups:
         out.print()
         out.print(safe(f"Times are {plan.model.source}."))
-        out.print(safe("At risk: points that a stop midway may spoil for good; kept ones never are."))
+        out.print(safe("At risk: points that a stop midway may spoil; kept ones never are."))
     if plan.steps and not stderr:
         out.print()
         out.print(safe(f"{len(plan.steps)} steps; --dry-run prints the commands."))
