@@ -228,12 +228,12 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
     out.print()
     rows = []
     for candidate in group.candidates:
-        if candidate.feasible and candidate.target is not None:
+        if candidate.feasible:
             rows.append(
                 (
                     "*" if candidate is group.chosen else "",
                     candidate.strategy,
-                    names[candidate.target],
+                    "a new file" if candidate.target is None else names[candidate.target],
                     size_text(candidate.read_bytes),
                     size_text(candidate.write_bytes),
                     size_text(candidate.target_growth_bytes),
@@ -257,8 +257,8 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
         out.print(table(heads, rows))
     for candidate in group.candidates:
         asked_for = (candidate.reason or "").startswith("--strategy ")
-        if not candidate.feasible and not asked_for and candidate.target is not None:
-            into = names[candidate.target]
+        if not candidate.feasible and not asked_for:
+            into = "a new file" if candidate.target is None else names[candidate.target]
             text = f"  {candidate.strategy} into {into}: not possible: {candidate.reason}"
             out.print(safe(text))
     chosen = str(fields["why"])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from qchain.chain.chain_tree import ChainTree
 from qchain.chain.layer import Layer, Qcow2Layer
 from qchain.hostfile import mount_id
+from qchain.plan.copying import copied_bytes, new_file_bytes
 from qchain.plan.growth import growth
 from qchain.plan.model import DEFAULT, TimeModel
 from qchain.plan.options import MergeOptions
@@ -202,11 +203,79 @@ def candidates_of(
                 freed_bytes=_freed(tree.layers, group, found.target, options),
             )
         )
-    out.append(Candidate("copy", "qemu-img", None, "copies come with a later version"))
+    out.append(_copy(tree, group, figures[0], options))
     return out
 
 
-def _freed(layers: Sequence[Layer], group: Group, target: int, options: MergeOptions) -> int:
+def _copy(
+    tree: ChainTree,
+    group: Group,
+    pull: Candidate,
+    options: MergeOptions,
+    model: TimeModel = DEFAULT,
+) -> Candidate:
+    """The copy: what the kept image holds, and on top of that what a `pull` moves."""
+    reason = _no_copy(tree, group, options)
+    if reason is not None:
+        return Candidate("copy", "qemu-img", None, reason)
+    kept = tree.layers[group.kept]
+    alone = group.below is None
+    copied = copied_bytes([tree.layers[index] for index in group.line], alone)
+    # Where nothing is left below, convert alone does it all.
+    traffic = replace(pull.traffic, copy_bytes=copied)
+    if alone:
+        traffic = Traffic(copy_bytes=copied, extents=pull.extents)
+    written = copied + traffic.pull_bytes
+    room = new_file_bytes(kept, written, traffic.extents)
+    seconds = model.seconds(
+        read=copied + traffic.pull_read_bytes,
+        written=written,
+        requests=-(-copied // (2 << 20)) + traffic.extents,
+        serial_requests=0 if alone else traffic.extents,
+        files=len(group.line),
+        commands=4,
+    )
+    return Candidate(
+        "copy",
+        "qemu-img",
+        None,
+        None,
+        copied + traffic.pull_read_bytes,
+        written,
+        traffic.extents,
+        room,
+        room,
+        _freed(tree.layers, group, None, options),
+        round(seconds, 3),
+        traffic,
+    )
+
+
+def _no_copy(tree: ChainTree, group: Group, options: MergeOptions) -> str | None:
+    """Why the group cannot be copied; None if it can."""
+    kept, lowest = tree.layers[group.kept], tree.layers[group.owned[-1]]
+    if options.strategy != "copy":
+        # Never less work than a pull, and the kept image's own clusters are written again.
+        return "--strategy copy was not asked for"
+    if options.names == "target":
+        return "a new file has no name of its own to keep; use --names kept or lowest"
+    if options.names == "kept" and kept.file.is_block_device:
+        return f"{kept.path.name} is a block device and cannot be renamed"
+    if _has_valid_bitmaps(kept):
+        return f"{kept.path.name} has bitmaps, which this way would lose"
+    if (
+        options.names == "lowest"
+        and lowest.format != kept.format
+        and not options.allow_format_change
+    ):
+        return (
+            f"{lowest.path.name} is {lowest.format} and would become {kept.format}; allow it with "
+            "--allow-format-change"
+        )
+    return None
+
+
+def _freed(layers: Sequence[Layer], group: Group, target: int | None, options: MergeOptions) -> int:
     if options.keep_files:
         return 0
     return sum(layers[index].file.disk_size for index in group.owned if index != target)

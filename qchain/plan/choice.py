@@ -70,8 +70,8 @@ def _jobs(tree: ChainTree, plans: Sequence[GroupPlan], assigned: Sequence[Assign
     devices = [layer.file.id.device for layer in tree.layers]
     needs: dict[int, int] = {}
     for plan in plans:
-        if plan.chosen is not None and plan.chosen.target is not None:
-            device = devices[plan.chosen.target]
+        if plan.chosen is not None:
+            device = devices[_written(plan)]
             needs[device] = needs.get(device, 0) + plan.chosen.peak_extra_bytes
     tightest = max(needs, key=lambda device: needs[device], default=None)
     jobs = []
@@ -81,9 +81,9 @@ def _jobs(tree: ChainTree, plans: Sequence[GroupPlan], assigned: Sequence[Assign
             # Upper groups come first: the lower one's files are what they read through.
             before = next((of_kept[i] for i in plan.group.under if i in of_kept), None)
         peak = grown = freed = 0
-        target = None if plan.chosen is None else plan.chosen.target
-        if plan.chosen is not None and target is not None:
-            if devices[target] == tightest:
+        if plan.chosen is not None:
+            target = plan.chosen.target
+            if devices[_written(plan)] == tightest:
                 peak, grown = plan.chosen.peak_extra_bytes, plan.chosen.target_growth_bytes
             if plan.chosen.freed_bytes:
                 freed = sum(
@@ -95,10 +95,16 @@ def _jobs(tree: ChainTree, plans: Sequence[GroupPlan], assigned: Sequence[Assign
     return jobs
 
 
+def _written(plan: GroupPlan) -> int:
+    """The layer on whose filesystem the group is written: a new file lies beside the kept one."""
+    assert plan.chosen is not None
+    return plan.group.kept if plan.chosen.target is None else plan.chosen.target
+
+
 def impossible(layers: Sequence[Layer], plan: GroupPlan, options: MergeOptions) -> str:
     """The refusal of a group for which no way is possible."""
-    asked = f"--strategy {options.strategy} was asked for"
-    others = [c for c in plan.candidates if c.reason != asked and c.target is not None]
+    asked = (f"--strategy {options.strategy} was asked for", "--strategy copy was not asked for")
+    others = [c for c in plan.candidates if c.reason not in asked]
     told = [c for c in others if c.strategy == options.strategy] or others
     kept = layers[plan.group.kept].path
     if not told:

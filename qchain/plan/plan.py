@@ -25,7 +25,8 @@ from qchain.plan.refusals import (
 )
 from qchain.plan.selection import Group, Request, groups_of, select
 from qchain.plan.sequence import Above, sequence
-from qchain.plan.steps import Step, as_json
+from qchain.plan.sequence_copy import copy_sequence
+from qchain.plan.steps import Adopt, Step, as_json
 
 __all__ = ["GroupPlan", "Plan", "make_plan"]
 
@@ -127,16 +128,21 @@ def make_plan(
     narrow: list[str] = []
     for plan in chosen:
         group = plan.group
-        if not refusals and plan.chosen is not None and plan.chosen.target is not None:
+        if not refusals and plan.chosen is not None:
             above = [*results.get(group.kept, ()), *_kept_above(tree, group, dropped)]
             # Not to be told from the journal's name, which all can see before the work begins.
             secret = secrets.token_hex(8)
-            steps, result = sequence(layers, group, plan.chosen, options, secret, above)
+            copies = plan.chosen.target is None
+            order = copy_sequence if copies else sequence
+            steps, result = order(layers, group, plan.chosen, options, secret, above)
+            # A new file is as the kept image is.
+            like = layers[group.kept if plan.chosen.target is None else plan.chosen.target]
             if group.below is not None:
-                made = Above(result, layers[plan.chosen.target].format, _relative(layers, group))
+                made = Above(result, like.format, _relative(layers, group))
                 results.setdefault(group.below, []).append(made)
-            files[result] = layers[plan.chosen.target]
+            files |= {step.image: like for step in steps if isinstance(step, Adopt)}
             narrow += naming_refusals(steps, files)
+            files[result] = like
             plan = replace(plan, steps=tuple(steps), result=result)
         plans.append(plan)
     if narrow:
@@ -155,9 +161,10 @@ def _refusals(tree: ChainTree, plans: Sequence[GroupPlan], options: MergeOptions
         chosen = plan.chosen
         if chosen is None:
             out.append(impossible(layers, plan, options))
-        elif chosen.target is not None:
-            needs.append((layers[chosen.target].path.parent, chosen.peak_extra_bytes))
-            out += above_refusals(tree, plan.group, chosen.target, options)
+        else:
+            target = plan.group.kept if chosen.target is None else chosen.target
+            needs.append((layers[target].path.parent, chosen.peak_extra_bytes))
+            out += above_refusals(tree, plan.group, target, options)
     return out + space_refusals(needs)
 
 

@@ -44,6 +44,7 @@ class Traffic:
         extents: contiguous runs of both.
         new_clusters: clusters of the target that get data and had none.
         new_tables: L2 tables of the target that come into being, for zero writes too.
+        copy_bytes: of a copy: data that is copied before it is pulled into.
     """
 
     commit_bytes: int = 0
@@ -53,6 +54,7 @@ class Traffic:
     extents: int = 0
     new_clusters: int = 0
     new_tables: int = 0
+    copy_bytes: int = 0
 
     def add(self, other: Traffic) -> None:
         for name in Traffic.__slots__:

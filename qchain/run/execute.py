@@ -108,7 +108,9 @@ def run_group(
 
 def _let_go(locks: ChainLocks) -> None:
     """Close what has no name any more: only then its space is free for the next group."""
-    gone = [layer for layer in locks.layers if not os.fstat(layer.file.fd).st_nlink]
+    gone = [
+        layer for layer in locks.layers if layer.file.fd < 0 or not os.fstat(layer.file.fd).st_nlink
+    ]
     locks.layers = [layer for layer in locks.layers if layer not in gone]
     for layer in gone:
         layer.data.close()

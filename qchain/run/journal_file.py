@@ -187,12 +187,14 @@ def _group(chain: list[LayerRecord], stored: Any) -> GroupRecord:
     own = _index(stored["own"], count + 1)
     if count < 2 or own < 1:
         raise ValueError("a group without dropped images")
-    present = stored["present"]
+    present, copy = stored["present"], stored["copy"]
+    if copy is not None and _index(copy, len(chain)) in line:
+        raise ValueError("a copy that is in the chain")
     if present is not None:
         name, fmt = _list(present)
         present = (_text(name), None if fmt is None else _text(fmt))
     steps = tuple(step_from_json(step) for step in _list(stored["steps"]))
-    return GroupRecord(chain, line, count, own, _index(stored["target"], own), present, steps)
+    return GroupRecord(chain, line, count, own, _index(stored["target"], own), present, steps, copy)
 
 
 def _list(value: Any) -> list[Any]:
