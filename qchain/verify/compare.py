@@ -6,6 +6,7 @@ inode and offset, unless it is told to (`everything`).
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +27,10 @@ __all__ = ["Comparison", "compare"]
 
 BATCH = 4 << 20
 """Guest bytes of short runs that a thread is given at once."""
-_LONG = 16 << 20
-"""The same of one long run, which is read in steps."""
-_STEP = 1 << 20
+_LONG = 64 << 20
+"""The most of one long run, which is read in steps: threads that are handed little wait for
+each other at the interpreter's lock."""
+_STEP = 2 << 20
 """Of a long run, bytes read and compared at once: both sides stay in the cache."""
 SECTOR = 512
 MAX_RANGES = 1 << 20
@@ -67,6 +69,10 @@ class Comparison:
         if len(self.ranges) < MAX_RANGES:
             self.ranges.append((start, length))
 
+
+# One call, for which ctypes lets go of the interpreter's lock; numpy needs two and a third array.
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 _Found = list[tuple[int, int, int, int]]
 
@@ -149,9 +155,8 @@ def _compare_long(a_layers: Sequence[Layer], b_layers: Sequence[Layer], a: Runs,
 
 
 def _equal(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> bool:
-    # Wide words are compared at memory speed; numpy lets go of the interpreter's lock.
-    wide = np.uint64 if len(a) % 8 == 0 else np.uint8
-    return not (a.view(wide) != b.view(wide)).any()
+    """Of two contiguous arrays of one length."""
+    return bool(_memcmp(a.ctypes.data, b.ctypes.data, len(a)) == 0)
 
 
 def _batches(pairs: Pairs, wanted: npt.NDArray[np.bool_]) -> Iterator[tuple[Runs, Runs]]:
@@ -160,13 +165,16 @@ def _batches(pairs: Pairs, wanted: npt.NDArray[np.bool_]) -> Iterator[tuple[Runs
     if not len(index):
         return
     a, b = _take(pairs.a, index), _take(pairs.b, index)
+    # Of little every thread gets a part.
+    share = int(a.length.sum()) // (4 * workers()) // _STEP * _STEP
+    most = min(max(share, BATCH), _LONG)
     long = a.length >= _STEP
     edges = [0, *(np.flatnonzero(long[1:] | long[:-1]) + 1).tolist(), len(a)]
     for first, last in itertools.pairwise(edges):
         pick = np.arange(first, last)
         left, right = _take(a, pick), _take(b, pick)
         ends = np.cumsum(left.length)
-        size = _LONG if long[first] else BATCH
+        size = most if long[first] else BATCH
         for position in range(0, int(ends[-1]), size):
             yield _part(left, ends, position, size), _part(right, ends, position, size)
 
@@ -218,19 +226,24 @@ def compare(
                 if progress is not None:
                     progress(end, size)
 
-        for pairs in pair_up(a, b):
-            skip = pairs.zero if everything else pairs.zero | pairs.same
-            out.skipped_bytes += int(pairs.a.length[skip].sum())
-            for left, right in _batches(pairs, ~skip):
-                out.compared_bytes += int(left.length.sum())
-                end = int(left.start[-1] + left.length[-1])
-                waiting.append((end, pool.submit(_compare_batch, a, b, left, right)))
-                settle(workers() + 2)
+        try:
+            for pairs in pair_up(a, b):
+                skip = pairs.zero if everything else pairs.zero | pairs.same
+                out.skipped_bytes += int(pairs.a.length[skip].sum())
+                for left, right in _batches(pairs, ~skip):
+                    out.compared_bytes += int(left.length.sum())
+                    end = int(left.start[-1] + left.length[-1])
+                    waiting.append((end, pool.submit(_compare_batch, a, b, left, right)))
+                    settle(workers() + 2)
+                    if stop_early and not out.identical:
+                        break
                 if stop_early and not out.identical:
                     break
-            if stop_early and not out.identical:
-                break
-        settle(0)
+            settle(0)
+        except BaseException:
+            # Whoever interrupts does not wait for what nobody has begun.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     if progress is not None:
         progress(size, size)
     return out
