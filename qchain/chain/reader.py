@@ -12,6 +12,7 @@ from qchain.chain.layer import Layer, Qcow2Layer
 from qchain.chain.parallel import thread_pool, workers
 from qchain.chain.resolve import Runs, runs
 from qchain.errors import DataError, Unsupported
+from qchain.memory import aligned
 from qchain.qcow2.compression import decompress
 from qchain.qcow2.entries import Kind, compressed_location
 
@@ -93,11 +94,11 @@ def read(layers: Sequence[Layer], start: int, length: int) -> bytes:
     end = min(start + length, layers[0].size)
     if end <= start:
         return b""
-    out = bytearray(end - start)
-    view = memoryview(out)
+    out = aligned(end - start)
+    view = memoryview(out.data)
     for table in runs(layers, start, end):
         fill(layers, table, view, table.start - start)
-    return bytes(out)
+    return out.tobytes()
 
 
 class Piece:
@@ -147,7 +148,7 @@ def pieces(
     size = layers[0].size if end is None else min(end, layers[0].size)
 
     def load(low: int, high: int, part: Runs) -> Piece:
-        data = np.empty(high - low, np.uint8)
+        data = aligned(high - low)
         fill(layers, part, memoryview(data.data), part.start - low)
         return Piece(low, high - low, data)
 

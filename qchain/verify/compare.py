@@ -20,6 +20,7 @@ from qchain.chain.layer import Layer
 from qchain.chain.parallel import thread_pool, workers
 from qchain.chain.reader import fill, require_content
 from qchain.chain.resolve import Runs
+from qchain.memory import aligned
 from qchain.qcow2.entries import Kind
 from qchain.verify.pairing import Pairs, pair_up
 
@@ -100,13 +101,14 @@ class _Buffers(threading.local):
     """A thread's two buffers, used again and again: fresh memory costs page faults."""
 
     def __init__(self) -> None:
-        self.sides = np.empty((2, _STEP), np.uint8)
+        self.sides = aligned(2 * _STEP).reshape(2, _STEP)
 
-    def get(self, length: int) -> npt.NDArray[np.uint8]:
-        """Shape (2, length), content undefined."""
-        if self.sides.shape[1] < length:
-            self.sides = np.empty((2, length), np.uint8)
-        return self.sides[:, :length]
+    def get(self, wanted: int) -> npt.NDArray[np.uint8]:
+        """Shape (2, wanted), content undefined."""
+        if self.sides.shape[1] < wanted:
+            length = -(-wanted // SECTOR) * SECTOR
+            self.sides = aligned(2 * length).reshape(2, length)
+        return self.sides[:, :wanted]
 
 
 _buffers = _Buffers()
