@@ -6,18 +6,18 @@ inode and offset, unless it is told to (`everything`).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from qchain.chain.layer import Layer
-from qchain.chain.parallel import thread_pool, workers
+from qchain.chain.parallel import ahead, workers
 from qchain.chain.reader import fill, require_content
 from qchain.chain.resolve import Runs
 from qchain.memory import aligned
@@ -184,11 +184,8 @@ def _batches(pairs: Pairs, wanted: npt.NDArray[np.bool_]) -> Iterator[tuple[Runs
 def _part(table: Runs, ends: npt.NDArray[np.int64], position: int, size: int) -> Runs:
     """`size` bytes of the runs put end to end, from `position` on; `ends`: where each ends."""
     stop = min(position + size, int(ends[-1]))
-    if len(table) == 1 and table.kind[0] == Kind.DATA:
-        # Most of what is read comes in long runs: not so much ado about each part.
-        shift = np.uint64(position)
-        length = np.array([stop - position], np.int64)
-        return Runs(table.start + position, length, table.depth, table.kind, table.host + shift)
+    if len(table) == 1:
+        return table.clip(int(table.start[0]) + position, int(table.start[0]) + stop)
     first = int(np.searchsorted(ends, position, "right"))
     last = int(np.searchsorted(ends, stop, "left")) + 1
     low = int(table.start[first] + table.length[first] - ends[first]) + position
@@ -216,36 +213,27 @@ def compare(
     require_content([*a, *b])
     out = Comparison()
     size = max(a[0].size, b[0].size)
-    waiting: list[tuple[int, Future[_Found]]] = []
 
-    with thread_pool() as pool:
+    def batches() -> Iterator[tuple[Runs, Runs]]:
+        for pairs in pair_up(a, b):
+            skip = pairs.zero if everything else pairs.zero | pairs.same
+            out.skipped_bytes += int(pairs.a.length[skip].sum())
+            for left, right in _batches(pairs, ~skip):
+                out.compared_bytes += int(left.length.sum())
+                yield left, right
 
-        def settle(limit: int) -> None:
-            while len(waiting) > limit:
-                end, future = waiting.pop(0)
-                for found in future.result():
-                    out.add(*found)
-                if progress is not None:
-                    progress(end, size)
+    def compare_one(batch: tuple[Runs, Runs]) -> tuple[int, _Found]:
+        left, right = batch
+        return int(left.start[-1] + left.length[-1]), _compare_batch(a, b, left, right)
 
-        try:
-            for pairs in pair_up(a, b):
-                skip = pairs.zero if everything else pairs.zero | pairs.same
-                out.skipped_bytes += int(pairs.a.length[skip].sum())
-                for left, right in _batches(pairs, ~skip):
-                    out.compared_bytes += int(left.length.sum())
-                    end = int(left.start[-1] + left.length[-1])
-                    waiting.append((end, pool.submit(_compare_batch, a, b, left, right)))
-                    settle(workers() + 2)
-                    if stop_early and not out.identical:
-                        break
-                if stop_early and not out.identical:
-                    break
-            settle(0)
-        except BaseException:
-            # Whoever interrupts does not wait for what nobody has begun.
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with contextlib.closing(ahead(compare_one, batches(), workers() + 2)) as answers:
+        for end, differences in answers:
+            for found in differences:
+                out.add(*found)
+            if progress is not None:
+                progress(end, size)
+            if stop_early and not out.identical:
+                break
     if progress is not None:
         progress(size, size)
     return out
