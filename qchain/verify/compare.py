@@ -168,9 +168,11 @@ def _batches(pairs: Pairs, wanted: npt.NDArray[np.bool_]) -> Iterator[tuple[Runs
         return
     a, b = _take(pairs.a, index), _take(pairs.b, index)
     # Of little every thread gets a part.
-    share = int(a.length.sum()) // (4 * workers()) // _STEP * _STEP
+    share = int(a.length.sum()) // (8 * workers()) // _STEP * _STEP
     most = min(max(share, BATCH), _LONG)
-    long = a.length >= _STEP
+    # Compressed clusters are not read in steps.
+    stepped = (a.kind != Kind.COMPRESSED) & (b.kind != Kind.COMPRESSED)
+    long = stepped & (a.length >= _STEP)
     edges = [0, *(np.flatnonzero(long[1:] | long[:-1]) + 1).tolist(), len(a)]
     for first, last in itertools.pairwise(edges):
         pick = np.arange(first, last)
