@@ -26,6 +26,10 @@ from .output import NotWritten, OutputClosed, forget_stdout, note, write, write_
 
 __all__ = ["main"]
 
+# Nothing here multiplies matrices: numpy's library for that would start a thread per processor,
+# which cost more than all else that is imported. Its importer reads this once.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # click's exceptions, or those of the copy of click that newer typers bring along.
 _parsing = importlib.import_module(typer.BadParameter.__module__)
 

@@ -265,11 +265,14 @@ def test_info_starts_quickly(tmp_path: Path) -> None:
     """Whole-process times are too noisy for a test: what must not be loaded is not."""
     path = build_chain(tmp_path, ["64k:A 64k:-"]).active
     code = (
-        "import sys\nfrom qchain_cli.main import main\n"
+        "import os, sys\nfrom qchain_cli.main import main\n"
         f"assert main(['info', {str(path)!r}]) == main(['info', '--json', {str(path)!r}]) == 0\n"
+        f"assert main(['compare', {str(path)!r}, {str(path)!r}]) == 0\n"
         "heavy = {'pydantic', 'rich', 'zstandard', 'cryptography', 'concurrent.futures',"
+        " 'construct', 'numpy.ma',"
         " 'logging', 'email', 'importlib.metadata', 'qchain_cli.merge', 'qchain_cli.map'}\n"
         "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
+        "assert len(os.listdir('/proc/self/task')) == 1, 'threads of BLAS'\n"
     )
     python = COMMAND.with_name("python")
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)

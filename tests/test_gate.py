@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shlex
 import socket
@@ -16,7 +17,7 @@ import pytest
 from fixtures.build import build_chain
 from fixtures.oracle import qemu_img, raw_of
 from qchain.chain.chain import FormatNotRecorded, open_chain
-from qchain.chain.gate import Gate
+from qchain.chain.gate import Gate, Places
 from qchain.chain.reader import read
 from qchain.chain.scan import overlays_in
 from qchain.errors import ExitCode, ImageError, NotAllowed, QchainError, Unsupported, UsageError
@@ -158,6 +159,25 @@ def test_symbolic_links_are_judged_by_where_they_lead(tmp_path: Path) -> None:
     (tmp_path / "alias").symlink_to("pool")
     image(tmp_path / "pool" / "base")
     assert len(opens(image(own / "top3", "../pool/base"), Gate(allow=(tmp_path / "alias",)))) == 2
+
+
+def test_places_are_real_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked in any order, whatever is known of the directories already."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").touch()
+    for name, target in {
+        "a/up": "..", "a/b/self": "self", "a/b/there": "../back", "a/back": "b/there",
+        "dir": "a/b", "a/b/hop": "../../dir/file", "a/none": "nowhere/at/all", "a/root": "/",
+    }.items():  # fmt: skip
+        (tmp_path / name).symlink_to(target)
+    tails = ["", ".", "..", "file", "self", "there", "hop", "none", "up", "n" * 300, "file/x"]
+    heads = ["", "a", "a/b", "dir", "a/up", "a/b/..", "dir/../b", "a/root/tmp", "a/b/self", "a//b"]
+    monkeypatch.chdir(tmp_path)
+    for base in (tmp_path, Path()):
+        places = Places()
+        for head, tail in itertools.product(heads, tails * 2):
+            path = base / head / tail
+            assert places.real(path) == os.path.realpath(path)
 
 
 def test_active_image_by_symbolic_link(tmp_path: Path) -> None:
