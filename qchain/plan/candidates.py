@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 from qchain.chain.layer import Layer, Qcow2Layer
 from qchain.hostfile import mount_id
-from qchain.plan.growth import growth
+from qchain.plan.clusters import ClusterCount
+from qchain.plan.growth import Growth, growth_of
 from qchain.plan.model import DEFAULT, TimeModel
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
+from qchain.plan.space import device_shortage, freed_by, highest, taken_by
 from qchain.plan.traffic import Traffic, count_traffic
 from qchain.qcow2.header_limits import MAX_L1_BYTES
 
@@ -22,6 +24,8 @@ class Candidate:
     """One way of merging a group. All sizes in bytes, an upper bound where contents repeat.
 
     `target`: layer index, None for a copy. `net` traffic: what the reason quotes.
+    `target_growth_bytes`: by how much the target's file becomes longer (raw: takes more
+    space), `growth` tells it in detail. `peak_extra_bytes`: of the filesystem that needs most.
     """
 
     strategy: str
@@ -36,6 +40,7 @@ class Candidate:
     freed_bytes: int = 0
     seconds: float = 0.0
     traffic: Traffic = field(default_factory=Traffic)
+    growth: Growth | None = None
 
     @property
     def feasible(self) -> bool:
@@ -125,17 +130,14 @@ def _figures(
     group: Group,
     position: int,
     traffic: Traffic,
+    grown: Growth,
     model: TimeModel,
     keep_files: bool,
 ) -> Candidate:
     target = group.members[position]
-    layer = layers[target]
     reads = traffic.commit_bytes + traffic.pull_read_bytes
     written = traffic.commit_bytes + traffic.pull_bytes
-    grown = growth(layer, traffic.new_clusters + traffic.new_tables, layers[group.kept].size)
-    freed = 0
-    if not keep_files:
-        freed = sum(layers[index].file.disk_size for index in group.members if index != target)
+    freed = 0 if keep_files else freed_by(layers, group, target)
     pulls = position < len(group.members) - 1
     requests = -(-traffic.commit_bytes // (1 << 20)) + traffic.extents
     seconds = model.seconds(
@@ -154,11 +156,12 @@ def _figures(
         reads,
         written,
         traffic.extents,
-        grown,
-        grown,
+        grown.file,
+        highest(taken_by(layers, group, target, grown)),
         freed,
         round(seconds, 3),
         traffic,
+        growth=grown,
     )
 
 
@@ -172,15 +175,23 @@ def candidates_of(
     """Every target of the group, from the kept image down, and the copy."""
     members = [layers[index] for index in group.members]
     reasons = [obstacle(layers, group, target, options) for target in group.members]
+    last = len(layers) - 1
+    clusters = [
+        ClusterCount(layer, members[0].size, layers[index + 1].size if index < last else 0)
+        for index, layer in zip(group.members, members, strict=True)
+    ]
     figures = count_traffic(
         members,
         range(len(members)),
         () if group.below is None else layers[group.below :],
         progress,
+        clusters,
     )
     out = []
-    for position, (traffic, reason) in enumerate(zip(figures, reasons, strict=True)):
-        found = _figures(layers, group, position, traffic, model, options.keep_files)
+    for position, (traffic, count) in enumerate(zip(figures, clusters, strict=True)):
+        grown = growth_of(members[position], count)
+        found = _figures(layers, group, position, traffic, grown, model, options.keep_files)
+        reason = reasons[position] or device_shortage(members[position], grown)
         if reason is not None:
             names = (name for name in Candidate.__slots__ if name != "reason")
             found = Candidate(reason=reason, **{name: getattr(found, name) for name in names})

@@ -23,6 +23,7 @@ from qchain.plan.refusals import (
 )
 from qchain.plan.selection import Group, Request, groups_of, select
 from qchain.plan.sequence import Above, sequence
+from qchain.plan.space import Change, changes_of, peaks
 from qchain.plan.steps import Step, as_json
 
 __all__ = ["GroupPlan", "Plan", "make_plan"]
@@ -89,6 +90,7 @@ class Plan:
                     "write_bytes": candidate.write_bytes,
                     "extents": candidate.extents,
                     "target_growth_bytes": candidate.target_growth_bytes,
+                    **_clusters_json(candidate),
                     "peak_extra_bytes": candidate.peak_extra_bytes,
                     "freed_bytes": candidate.freed_bytes,
                     "seconds": candidate.seconds,
@@ -96,6 +98,14 @@ class Plan:
                 for candidate in plan.candidates
             ],
         }
+
+
+def _clusters_json(candidate: Candidate) -> dict[str, object]:
+    """How many more clusters the target uses; "exact": not only at most."""
+    growth = candidate.growth
+    if growth is None:
+        return {"target_clusters_added": 0, "target_growth_exact": True}
+    return {"target_clusters_added": growth.clusters, "target_growth_exact": growth.exact}
 
 
 def _human(size: int) -> str:
@@ -147,17 +157,19 @@ def make_plan(
     refusals += [line for group in groups for line in file_refusals(layers, group)]
     refusals += overlay_refusals(layers, groups, options)
     found: list[tuple[Group, list[Candidate], Candidate | None]] = []
-    needs: list[tuple[Path, int]] = []
+    changes: list[Change] = []
     for group in groups:
         candidates = candidates_of(layers, group, options, model, progress)
         chosen = choose(candidates, options.prefer)
         if chosen is None:
             refusals.append(_impossible(layers, group, candidates, options))
         elif chosen.target is not None:
-            needs.append((layers[chosen.target].path.parent, chosen.peak_extra_bytes))
+            assert chosen.growth is not None
+            changes += changes_of(layers, group, chosen.target, chosen.growth, options.keep_files)
             refusals += above_refusals(layers, group, chosen.target, options)
         found.append((group, candidates, chosen))
-    refusals += space_refusals(needs)
+    directories = (layers[index].path.parent for group in groups for index in group.members)
+    refusals += space_refusals(peaks(changes), directories)
     # What a stopped merge left in place speaks of nothing but that merge.
     refusals = unfinished or refusals
     plans: list[GroupPlan] = []
