@@ -22,6 +22,8 @@ __all__ = ["Growth", "growth_of"]
 _COMMIT_REQUEST = 1 << 20
 _PULL_REQUEST = 2 << 20
 """The most bytes that one request of qemu-img writes."""
+_RAW_OWN = 16
+"""Blocks that a filesystem may count to a file besides its content (its extents)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ def growth_of(layer: Layer, count: ClusterCount) -> Growth:
     cluster = header.cluster_size
     if not _writes(layer, count):
         end = -(-layer.file.size // cluster) * cluster
-        return Growth(0, 0, end, end, 0)
+        return Growth(0, 0, end, end, 0, count.written * cluster)
     most_at_once = _PULL_REQUEST if count.pulled else _COMMIT_REQUEST
     # Not aligned, it touches one cluster more.
     request = max(1, min(count.longest, most_at_once // cluster + 1))
@@ -99,7 +101,7 @@ def growth_of(layer: Layer, count: ClusterCount) -> Growth:
 
 
 def _writes(layer: Qcow2Layer, count: ClusterCount) -> bool:
-    """Whether anything changes in the file: of many candidates nothing does."""
+    """Whether clusters come or go: with many candidates none do."""
     if count.new_size != layer.size:
         return True
     return bool(count.committed + count.pulled + count.freed + count.unpacked + count.tables)
@@ -162,8 +164,15 @@ def _cut(state: FileState, room: Room, left: Shrunk, freed: int, certain: bool) 
 
 
 def _raw_growth(layer: Layer, count: ClusterCount) -> Growth:
-    added = count.committed - count.freed
+    """Blocks of a raw file: exact where what SEEK_DATA calls a hole takes no space.
+
+    Preallocated space that was not written to looks like a hole; a file that has space for all
+    of its length needs no more.
+    """
+    space = -(-max(count.new_size, layer.file.size) // BLOCK) - layer.file.disk_size // BLOCK
+    committed = min(count.committed, max(0, space) + _RAW_OWN)
+    added = committed - count.freed
     beyond = -(-count.new_size // BLOCK) * BLOCK
     for low, high in layer.file.data_ranges(beyond, layer.file.size):
         added -= -(-high // BLOCK) - low // BLOCK
-    return Growth(added, added, count.new_size, count.new_size, count.committed * BLOCK)
+    return Growth(added, added, count.new_size, count.new_size, committed * BLOCK)
