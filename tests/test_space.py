@@ -110,9 +110,9 @@ def test_the_peak_is_what_the_files_take(
 
 
 def expect_freed(disk: Disk, plan: Plan, watch: Watch) -> None:
-    """What is there afterwards is what was, less what was freed, and what the targets grew by."""
+    """Afterwards there is what was, less what was freed, and what was needed at most."""
     freed = sum(g.chosen.freed_bytes for g in plan.groups if g.chosen is not None)
-    grown = [g.chosen.target_growth_bytes for g in plan.groups if g.chosen is not None]
+    grown = [g.chosen.peak_extra_bytes for g in plan.groups if g.chosen is not None]
     now = taken(disk.directory)
     assert watch.before - freed - SLACK <= now <= watch.before - freed + sum(grown) + SLACK
 

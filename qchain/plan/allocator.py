@@ -58,16 +58,20 @@ def room_of(layer: Qcow2Layer, request: int, count: ClusterCount) -> Room:
     hosts, drops = count.packed
     end = used = largest = fitting = freed = 0
     for first, counts in refcount_blocks(layer.file, header):
-        taken = np.flatnonzero(counts)
-        if not len(taken):
+        taken = int(np.count_nonzero(counts))
+        if not taken:
             continue
-        used += len(taken)
-        places = np.concatenate(([end - 1], taken + first))
-        gaps = np.diff(places) - 1
+        used += taken
+        if taken == len(counts):
+            gaps = np.array([first - end])
+            end = first + taken
+        else:
+            places = np.concatenate(([end - 1], np.flatnonzero(counts) + first))
+            gaps = np.diff(places) - 1
+            end = int(places[-1]) + 1
         largest = max(largest, int(gaps.max()))
         # A request of n passes by a rest of less than n.
         fitting += int(np.maximum(gaps - (request - 1), 0).sum())
-        end = int(places[-1]) + 1
         low, high = np.searchsorted(hosts, (first, first + len(counts))).tolist()
         if low < high:
             freed += int(np.count_nonzero(counts[hosts[low:high] - first] <= drops[low:high]))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import threading
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +30,12 @@ __all__ = ["BLOCK", "ClusterCount", "Entries"]
 Bools = npt.NDArray[np.bool_]
 I64 = npt.NDArray[np.int64]
 
+_NO_WORDS = np.zeros(0, np.uint64)
+
 BLOCK = 4096
 """Bytes of a filesystem's block, the unit of a raw file's holes."""
+_MOST_AT_ONCE = 4 << 20
+"""More than any request of qemu-img writes."""
 
 
 class ClusterCount:
@@ -42,7 +47,8 @@ class ClusterCount:
         written: all that get data, new or not.
         freed: whole ones that zero writes free.
         unpacked: compressed ones that are written over.
-        longest: the longest run of written ones: no request needs more at once.
+        longest: of the longest run of written ones, or up to twice of it: no request needs more
+            at once. 1 is exact.
     """
 
     def __init__(self, layer: Layer, new_size: int, below: int) -> None:
@@ -71,6 +77,7 @@ class ClusterCount:
         copied: Bools | None,
         dirty: Bools | None,
         moved: Bools | None,
+        host: Bools | None = None,
     ) -> None:
         """Count what is written into a window. May be called by several threads.
 
@@ -79,36 +86,52 @@ class ClusterCount:
             cell: bytes of a cell of the masks, each of shape (n,) or None (nothing).
             copied: what a commit writes as data; the rest of `dirty` it writes as zeroes.
             moved: what a pull writes.
+            host: what the target has, if that is all data of its own, uncompressed; None
+                where its entries must tell.
         """
         zero = None if dirty is None or copied is None or dirty is copied else dirty > copied
         if zero is not None and self._zeroes_are_data:
             copied, zero = dirty, None
         each = max(1, cell // self.unit)
         step = self.unit * each
-        first = _per(copied, cell, step)
-        data = _or(first, _per(moved, cell, step))
-        gone = _per(zero, cell, step)
-        longest = max((len(mask) for mask in (data, gone) if mask is not None), default=0)
-        own = self.own(start, start + step * longest, step)
-        new = _count(data)
-        committed = _count(first)
-        freed = unpacked = 0
+        first, rest, gone = (_per(mask, cell, step) for mask in (copied, moved, zero))
+        # A pull writes where neither the target nor the commit does: of whole clusters each is
+        # counted once. Of parts it may fill up what the commit has begun.
+        apart = step == cell and self.unit == self.layer.granularity
+        over = first if apart else _or(first, rest)
+        own: Entries | None
+        if host is None:
+            length = max((len(mask) for mask in (over, gone) if mask is not None), default=0)
+            own = self.own(start, start + step * length, step)
+        else:
+            own = Entries(_NO_WORDS, 0)
+            own.host = _per(host, cell, step)
+        written = _count(over)
+        committed = written if apart else _count(first)
+        new, freed, unpacked = written, 0, 0
         packed: I64 | None = None
         if own is not None:
-            new -= _count(data, own.host)
-            committed -= _count(first, own.host)
+            both = _count(over, own.host)
+            new -= both
+            committed -= both if apart else _count(first, own.host)
             freed = _count(gone, own.host)
-            unpacked = _count(_or(data, gone), own.packed)
-            packed = own.packed_hosts(_or(data, gone))
+            if len(own.packed):
+                unpacked = _count(_or(over, gone), own.packed)
+                packed = own.packed_hosts(_or(over, gone))
+        if apart:
+            pulled = _count(rest)
+            new, written = new + pulled, written + pulled
         at = (self.layer.size - start) // step
+        most = -(-_MOST_AT_ONCE // step)
+        longest = max(_longest(mask, most) for mask in (over, rest))
         with self._lock:
             self.committed += committed * each
             self.pulled += (new - committed) * each
-            self.written += _count(data) * each
+            self.written += written * each
             self.freed += freed * each
             self.unpacked += unpacked
-            self.longest = max(self.longest, _longest(data) * each)
-            self._end_written |= each == 1 and (_at(data, at) or _at(gone, at))
+            self.longest = max(self.longest, longest * each)
+            self._end_written |= each == 1 and any(_at(mask, at) for mask in (over, rest, gone))
             if packed is not None:
                 self._packed.append(packed)
             if freed and own is not None and gone is not None and self.new_size < self.layer.size:
@@ -130,8 +153,7 @@ class ClusterCount:
             return None
         fine = math.gcd(masks.unit, step)
         blocks = _per(np.repeat(masks.allocated, masks.unit // fine), fine, step)
-        assert blocks is not None
-        out = Entries(np.zeros(len(blocks), np.uint64), 12)
+        out = Entries(_NO_WORDS, 0)
         out.host = blocks
         return out
 
@@ -277,6 +299,10 @@ def _at(mask: Bools | None, at: int) -> bool:
     return mask is not None and 0 <= at < len(mask) and bool(mask[at])
 
 
+@overload
+def _per(mask: Bools, cell: int, unit: int) -> Bools: ...
+@overload
+def _per(mask: Bools | None, cell: int, unit: int) -> Bools | None: ...
 def _per(mask: Bools | None, cell: int, unit: int) -> Bools | None:
     """Per piece of `unit` bytes, whole cells: is any cell set?"""
     if mask is None or unit == cell:
@@ -289,9 +315,18 @@ def _per(mask: Bools | None, cell: int, unit: int) -> Bools | None:
     return out
 
 
-def _longest(mask: Bools | None) -> int:
-    """Length of the longest run of True."""
+def _longest(mask: Bools | None, most: int) -> int:
+    """Length of the longest run of True: at least that, less than twice of it; 1 exactly.
+
+    `most`: longer ones make no difference.
+    """
     if mask is None or not mask.any():
         return 0
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False])).view(np.int8)))
-    return int((edges[1::2] - edges[::2]).max())
+    length = 1
+    while length < most:
+        # True where a run of `length` begins; it goes on for as many where another one does.
+        mask = mask[:-length] & mask[length:]
+        if not mask.any():
+            return 2 * length - 1
+        length *= 2
+    return most

@@ -108,6 +108,7 @@ class _Window:
         for layer in layers:
             limit = min(layer.size, end)
             found.append(layer.masks(start, limit, zeroes=True) if limit > start else None)
+        self.packed = [m is not None and m.packed for m in found]
         self.unit, wide = unify(layers, found, start, end)
         self.count = (end - start) // self.unit
         self.allocated = [None if m is None else m.allocated for m in wide]
@@ -199,7 +200,10 @@ class _Window:
             assert touched is not None
             tables.touch(touched, self.unit, self.start)
             if clusters is not None:
-                clusters.note(self.start, self.unit, copied, dirty, moved)
+                host = None
+                if own.zero is None and not self.packed[target]:
+                    host = np.zeros(0, bool) if own.mask is None else own.mask
+                clusters.note(self.start, self.unit, copied, dirty, moved, host)
         return out
 
     def _copied(self, target: Layer, dirty: Bools, piece: int) -> tuple[Bools, int]:
