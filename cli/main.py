@@ -32,7 +32,7 @@ _parsing = importlib.import_module(typer.BadParameter.__module__)
 _CLOSED = 141
 """As a shell reports a process that SIGPIPE ended."""
 
-_LATER = ("apply", "copy", "rebase", "domain", "fleet", "lab")
+_LATER = ("apply", "rebase", "domain", "fleet", "lab")
 
 _COMMANDS = {
     "info": "info",
@@ -52,6 +52,7 @@ _COMMANDS = {
     "merge": "merge",
     "commit": "blocks.commit",
     "pull": "blocks.pull",
+    "copy": "blocks.copy",
     "snapshot": "snapshot",
     "recover": "recover",
 }

@@ -13,8 +13,8 @@ import typer
 
 from qchain.errors import Refused, UsageError
 
-from .options import Carrying, Common, Merging, command
-from .output import done_already, save_json, write, write_json
+from .options import Carrying, Common, Interrupted, Merging, command
+from .output import done_already, note, save_json, write, write_json
 
 if TYPE_CHECKING:
     from qchain.plan.plan import Plan
@@ -57,12 +57,15 @@ def carry_out(
     from .planning import opened_and_planned, program, refuse, show_plan, write_commands
 
     terminal = sys.stdin is not None and sys.stdin.isatty()
-    if not (yes or terminal or merging.dry_run):
-        raise UsageError(name, "there is no terminal to ask on", "add --yes to merge unasked")
     with opened_and_planned(active, merging, common, wanted) as (chain, plan):
+        # What forbids the merge in any case comes first.
+        if not (yes or terminal or merging.dry_run or plan.refusals):
+            raise UsageError(name, "there is no terminal to ask on", "add --yes to merge unasked")
         document = plan.as_json(program())
         if merging.output is not None:
             save_json(document, merging.output)
+            if not plan.refusals:
+                note(f"plan written to {merging.output}")
         if common.json and (plan.refusals or merging.dry_run):
             write_json(document)
         elif merging.dry_run:
@@ -74,13 +77,14 @@ def carry_out(
             return
         if not yes and plan.steps:
             _ask(name, plan, common.json)
-        with ending_in_order(), common.reporter() as reporter:
-            result = execute(plan, chain, None, reporter)
-    with done_already("the merge is done"):
-        if common.json:
-            write_json(document | _result_json(result))
-        elif plan.steps:
-            write(_result_text(result))
+        with ending_in_order(changing=True):
+            with common.reporter() as reporter:
+                result = execute(plan, chain, None, reporter)
+            with done_already("the merge is done"):
+                if common.json:
+                    write_json(document | _result_json(result))
+                elif plan.steps:
+                    write(_result_text(result))
 
 
 def _ask(name: str, plan: Plan, shown: bool) -> None:
@@ -99,8 +103,11 @@ def _ask(name: str, plan: Plan, shown: bool) -> None:
 
 
 @contextmanager
-def ending_in_order() -> Iterator[None]:
-    """A request to end is as ^C: what has begun is put back, then the process ends."""
+def ending_in_order(changing: bool = False) -> Iterator[None]:
+    """A request to end is as ^C: what has begun is put back, then the process ends.
+
+    `changing`: something may have been changed by then; whoever changes it says what is left.
+    """
 
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
@@ -114,6 +121,10 @@ def ending_in_order() -> Iterator[None]:
         signal.signal(number, interrupt)
     try:
         yield
+    except KeyboardInterrupt as error:
+        if changing:
+            raise Interrupted(*error.args) from None
+        raise
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)

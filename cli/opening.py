@@ -10,19 +10,24 @@ from .options import Point
 from .output import absolute, note
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from qchain.chain.chain import Chain
+    from qchain.chain.chain_tree import ChainTree
     from qchain.chain.gate import Gate
     from qchain.hostfile import HostFile
 
     from .options import Common
 
 __all__ = [
+    "cut_text",
     "missing_field",
     "missing_lines",
     "open_for",
+    "open_tree_for",
     "refuse_writer",
+    "tell_cut",
     "tell_unfinished",
     "unfinished_field",
 ]
@@ -70,6 +75,25 @@ def open_for(path: Path, common: Common, gate: Gate | None = None) -> Chain:
     return chain
 
 
+def open_tree_for(paths: Sequence[Path], common: Common) -> ChainTree:
+    """The chains of several active images, each file once.
+
+    Raises: what `qchain.chain.chain_tree.open_tree` raises; `Refused` when an image is in
+        use by a writer and the options do not allow that.
+    """
+    from qchain.chain.chain_tree import open_tree
+
+    tree = open_tree(paths, common.gate(), common.format)
+    try:
+        if not common.force_share:
+            for layer in tree.layers:
+                refuse_writer(layer.path, layer.file)
+    except BaseException:
+        tree.close()
+        raise
+    return tree
+
+
 def _missing_text(path: Path) -> str:
     return f"{path}: missing, taken for zeroes (--missing zero)"
 
@@ -83,6 +107,22 @@ def missing_lines(*chains: Chain) -> list[str]:
 def missing_field(chain: Chain, name: str = "missing") -> dict[str, str]:
     """For JSON documents: the backing file that is missing and taken for zeroes, if any."""
     return {} if chain.missing is None else {name: absolute(chain.missing)}
+
+
+def tell_cut(*chains: Chain) -> None:
+    """For people, on stderr: data was read that lies beyond the end of a file."""
+    for path in dict.fromkeys(
+        layer.data.path for chain in chains for layer in chain.layers if layer.cut
+    ):
+        note(cut_text(path))
+
+
+def cut_text(path: Path) -> str:
+    """That data lies beyond the end of the file `path`."""
+    return (
+        f"{path}: data lies beyond the end of the file and reads as zeroes, as in qemu: the file "
+        "seems cut short; see 'qchain check'"
+    )
 
 
 def unfinished_field(journals: list[Path]) -> dict[str, list[str]]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .options import Common, Merging, command
-from .output import save_json, write_json
+from .output import note, save_json, write_json
 
 __all__ = ["plan"]
 
@@ -25,6 +25,8 @@ def plan(
     with opened_and_planned(active, merging, common, asked(merging)) as (_, made):
         if merging.output is not None:
             save_json(made.as_json(program()), merging.output)
+            if not made.refusals:
+                note(f"plan written to {merging.output}")
         if common.json:
             write_json(made.as_json(program()))
         elif merging.dry_run:

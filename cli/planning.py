@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +13,14 @@ import typer
 
 from qchain.errors import ExitCode, Refused, UsageError, printable
 
-from .options import LATER, Carrying, Common, Merging
+from .options import Carrying, Common, Merging
 from .output import console, note, shell_word, write
 from .tables import count_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qchain.chain.chain import Chain
+    from qchain.chain.chain_tree import ChainTree
     from qchain.plan.options import MergeOptions
     from qchain.plan.plan import GroupPlan, Plan
     from qchain.plan.selection import Request
@@ -36,8 +37,10 @@ __all__ = [
     "write_commands",
 ]
 
-Wanted: TypeAlias = "Callable[[Chain], tuple[Request, MergeOptions]]"
-"""What is to be done to a chain, known once it is open."""
+Wanted: TypeAlias = "Callable[[ChainTree], tuple[Request, MergeOptions]]"
+"""What is to be done to a tree, known once it is open."""
+
+_AT_RISK = {"none": "nothing", "dropped": "dropped"}
 
 _SHOWN = 5  # images of a group that are named in a drawing
 
@@ -91,33 +94,31 @@ def opened_and_planned(
     carrying: Carrying,
     common: Common,
     wanted: Wanted,
-) -> Iterator[tuple[Chain, Plan]]:
-    """Open the chain and plan the merge that is `wanted` of it; closed on leaving.
+) -> Iterator[tuple[ChainTree, Plan]]:
+    """Open the images and plan the merge that is `wanted` of them; closed on leaving.
 
-    Raises: `Refused` (several active images, in use, a backing format that is not
-        recorded, options of reading), `UsageError`, other `ImageError`s.
+    Raises: `Refused` (in use, a backing format that is not recorded, options of
+        reading), `UsageError`, other `ImageError`s.
     """
     from qchain.chain.chain import FormatNotRecorded
     from qchain.plan.plan import make_plan
 
-    from .opening import open_for
+    from .opening import open_tree_for
 
     carrying.refuse(common)
     for directory in carrying.scan or ():
         if not directory.is_dir():
             raise UsageError(directory, "is no directory", "give --scan a directory")
-    if len(active) > 1:
-        raise Refused(active[1], f"several active images: this {LATER}", "merge one at a time")
     try:
-        chain = open_for(active[0], common)
+        tree = open_tree_for(active, common)
     except FormatNotRecorded as error:
         raise Refused(error.what, error.why, error.todo) from None
-    with chain:
-        request, options = wanted(chain)
+    with tree:
+        request, options = wanted(tree)
         with common.reporter() as reporter:
-            reporter.step("planning", chain.size)
-            plan = make_plan(chain, request, options, progress=reporter.advance)
-        yield chain, plan
+            reporter.step("planning", sum(tree.layers[index].size for index in tree.actives))
+            plan = make_plan(tree, request, options, progress=reporter.advance)
+        yield tree, plan
 
 
 def program() -> str:
@@ -174,18 +175,28 @@ def show_plan(plan: Plan, stderr: bool = False) -> None:
         _show_group(out, plan, group, fields)
     if len(plan.refusals) > 1:
         out.print()
-        for line in plan.refusals:
+        # On a terminal stderr shows the first right below.
+        for line in plan.refusals[1 if _one_screen() else 0 :]:
             out.print(safe(f"refused: {line}"))
+    if plan.groups:
+        out.print()
+        out.print(safe(f"Times are {plan.model.source}."))
+        out.print(safe("At risk: points that a stop midway may spoil; kept ones never are."))
     if plan.steps and not stderr:
         out.print()
         out.print(safe(f"{len(plan.steps)} steps; --dry-run prints the commands."))
+
+
+def _one_screen() -> bool:
+    """Whether stdout and stderr are both a terminal, so that a line on either is seen."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr))
 
 
 def deleted_names(plan: Plan, group: GroupPlan) -> list[str]:
     """The file names of the images that go away with `group`."""
     if plan.options.keep_files or group.result is None:
         return []
-    members = [plan.layers[index].path.absolute() for index in group.group.members]
+    members = [plan.layers[index].path.absolute() for index in group.group.owned]
     return [path.name for path in members if path != group.result]
 
 
@@ -208,6 +219,10 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
         lines.append(
             ("deletes", ", ".join(gone if len(gone) <= _SHOWN else [f"{len(gone)} files"]))
         )
+    shared = [names[index] for index in group.group.shared]
+    if shared:
+        said = ", ".join(shared if len(shared) <= _SHOWN else [f"{len(shared)} files"])
+        lines.append(("leaves", f"{said} (others still back on it)"))
     drawn = facts(lines, out.width)
     out.print(drawn, end="", soft_wrap=True)
     out.print()
@@ -224,10 +239,21 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
                     size_text(candidate.target_growth_bytes),
                     size_text(candidate.freed_bytes),
                     seconds_text(candidate.seconds),
+                    _AT_RISK[candidate.risk],
                 )
             )
     if rows:
-        heads = ("", "strategy", "into", "reads>", "writes>", "grows>", "frees>", "time>")
+        heads = (
+            "",
+            "strategy",
+            "into",
+            "reads>",
+            "writes>",
+            "grows>",
+            "frees>",
+            "time>",
+            "at risk",
+        )
         out.print(table(heads, rows))
     for candidate in group.candidates:
         asked_for = (candidate.reason or "").startswith("--strategy ")

@@ -88,6 +88,7 @@ def work(plan: Plan, seed: int, step: int, place: Path, state: Any, out: Connect
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, _ADDRESS_SPACE))
+    memory_growth()  # measured from here on, the first image too
     stages: dict[int, Stage] = {}
     try:
         while seed < plan.end:

@@ -7,6 +7,7 @@ because a program is missing proves nothing, and nobody reads the list of skippe
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
 
 import pytest
@@ -25,6 +26,10 @@ for _name in (
 ):
     os.environ.pop(_name, None)
 os.environ["TERM"] = "xterm-256color"
+
+# Whatever runs in the background of a script ignores ^C, and so would all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:

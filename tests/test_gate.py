@@ -8,7 +8,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from qchain.chain.chain import FormatNotRecorded, open_chain
 from qchain.chain.gate import Gate
 from qchain.chain.reader import read
 from qchain.chain.scan import overlays_in
-from qchain.errors import ExitCode, ImageError, NotAllowed, QchainError, Unsupported
+from qchain.errors import ExitCode, ImageError, NotAllowed, QchainError, Unsupported, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -511,3 +511,30 @@ def test_missing_may_read_as_zeroes(tmp_path: Path) -> None:
     built.base.unlink()
     os.mkfifo(built.base)
     refused(built.active, Gate(missing_zero=True))
+
+
+class Named:
+    """A path that is neither a string nor a Path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+@pytest.mark.parametrize("kind", [str, Path, Named])
+def test_names_of_every_kind(tmp_path: Path, kind: Callable[[Path], str]) -> None:
+    base = image(tmp_path / "elsewhere" / "base.qcow2")
+    top = image(tmp_path / "here" / "top.qcow2", str(base))
+    with pytest.raises(NotAllowed):
+        open_chain(kind(top))
+    lost = image(tmp_path / "here" / "lost.qcow2", "/gone/base.qcow2")
+    for overlay, gate in (
+        (top, Gate(allow=(kind(base.parent),))),
+        (lost, Gate(search=(kind(base.parent),))),
+    ):
+        with open_chain(kind(overlay), gate) as chain:
+            assert [layer.path for layer in chain.layers] == [overlay, base]
+    with pytest.raises(UsageError, match="one name"):
+        Gate(allow=str(tmp_path))  # type: ignore[arg-type]

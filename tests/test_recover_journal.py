@@ -63,7 +63,7 @@ def test_it_says_what_every_file_was(disk: Disk) -> None:
     journal = the_journal(disk.directory)
     assert journal.stat().st_mode & 0o777 == 0o600
     stored = json.loads(journal.read_bytes())
-    assert stored["qchain_journal"] == 2 and stored["unsettled"] == []
+    assert stored["qchain_journal"] == 3 and stored["unsettled"] == []
     for layer, path in zip(stored["layers"], reversed(disk.paths), strict=True):
         status = path.stat()
         assert layer["path"] == str(path)
@@ -183,9 +183,16 @@ BROKEN: dict[str, Callable[[Any], None]] = {
     "step true": put("step", True),
     "no token": lambda stored: stored.pop("token") and None,
     "target": put("groups", 0, "target", 77),
-    "kept": put("groups", 0, "kept", 3),
-    "below": put("groups", 0, "below", "x"),
-    "below 0": put("groups", 0, "below", 0),
+    "line": put("groups", 0, "line", "x"),
+    "line of one": put("groups", 0, "line", [0]),
+    "line in a circle": put("groups", 0, "line", [0, 1, 0]),
+    "line beyond": put("groups", 0, "line", [0, 99]),
+    "count": put("groups", 0, "count", 1),
+    "count beyond": put("groups", 0, "count", 99),
+    "own": put("groups", 0, "own", 0),
+    "own beyond": put("groups", 0, "own", 77),
+    "actives": put("actives", []),
+    "active": put("actives", [99]),
     "present": put("groups", 0, "present", ["a"]),
     "no steps": put("groups", 0, "steps", []),
     "steps": put("groups", 0, "steps", {"0": 1}),
@@ -194,7 +201,7 @@ BROKEN: dict[str, Callable[[Any], None]] = {
     "no layers": put("layers", []),
     "layers": put("layers", {"a": 1}),
     "zero byte": put("layers", 0, "path", "/a\0b"),
-    "surrogate": put("active", "/\ud800"),
+    "surrogate": put("layers", 0, "path", "/\ud800"),
     "relative": put("layers", 0, "path", "act.qcow2"),
     "format": put("layers", 0, "format", []),
     "vmdk": put("layers", 0, "format", "vmdk"),
@@ -206,7 +213,7 @@ BROKEN: dict[str, Callable[[Any], None]] = {
     "scan": put("scan", [1]),
     "unsettled": put("unsettled", [99]),
     "version 1": put("qchain_journal", 1),
-    "version 3": put("qchain_journal", 3),
+    "version 4": put("qchain_journal", 4),
     "see": put("see", "nowhere"),
 }
 

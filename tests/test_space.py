@@ -9,7 +9,8 @@ import pytest
 from merging import Disk, build
 
 from qchain.chain.chain import open_chain
-from qchain.plan.candidates import candidates_of
+from qchain.chain.chain_tree import tree_of
+from qchain.plan.candidates import candidates_of, figures_of
 from qchain.plan.growth import Growth
 from qchain.plan.options import MergeOptions
 from qchain.plan.plan import Plan
@@ -143,8 +144,9 @@ def test_two_filesystems_are_two_sums(tmp_path: Path) -> None:
     """Of a chain over several filesystems each gives what its own files take."""
     disk = build(tmp_path, LINES["small"])
     with open_chain(disk.active) as chain:
-        group = Group((0, 1), 2)
-        candidates = candidates_of(chain.layers, group, MergeOptions())
+        group = Group((0, 1, 2), 2, 2)
+        figures = figures_of(chain.layers, group)
+        candidates = candidates_of(tree_of(chain), group, figures, MergeOptions())
         here = chain.layers[1].file.id.device
         chain.layers[1].file.id = replace(chain.layers[1].file.id, device=here + 1)
         growth = candidates[0].growth

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,18 +119,23 @@ def open_layer(
 
 
 def open_chain(
-    path: Path, gate: Gate | None = None, fmt: str | None = None, snapshot: str | None = None
+    path: str | os.PathLike[str],
+    gate: Gate | None = None,
+    fmt: str | None = None,
+    snapshot: str | None = None,
+    known: Container[FileId] = (),
 ) -> Chain:
     """Open the image `path` and all that it backs on.
 
     Args:
         fmt: the format of `path`; by default its magic decides.
         snapshot: an internal snapshot of `path` (name or id) instead of its live content.
+        known: files of which the chain is known: with such a one it ends.
 
     Raises: `ImageError` (missing, invalid, a loop, too deep), `NotAllowed`,
         `FormatNotRecorded`, `Unsupported`. Nothing stays open then.
     """
-    gate = gate or Gate()
+    path, gate = Path(path), gate or Gate()
     opened: list[HostFile] = []
     layers: list[Layer] = []
     seen: dict[FileId, Path] = {}
@@ -146,7 +152,7 @@ def open_chain(
             layers.append(layer)
             if layer.data is not layer.file:
                 opened.append(layer.data)
-            if layer.backing is None:
+            if layer.backing is None or file.id in known:
                 return Chain(tuple(layers))
             if len(layers) >= gate.max_depth:
                 raise ImageError(path, f"the chain is deeper than {gate.max_depth} images")

@@ -13,7 +13,7 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qchain.errors import NotAllowed
+from qchain.errors import NotAllowed, UsageError
 from qchain.hostfile import HostFile
 
 __all__ = ["Gate"]
@@ -36,16 +36,19 @@ class Gate:
             their content cannot.
     """
 
-    allow: tuple[Path, ...] = ()
+    allow: tuple[str | os.PathLike[str], ...] = ()
     follow: bool = False
     max_depth: int = 4096
-    search: tuple[Path, ...] = ()
+    search: tuple[str | os.PathLike[str], ...] = ()
     missing_zero: bool = False
     assume_format: str | None = None
     secret: bytes | None = field(default=None, repr=False)
     _roots: tuple[Path, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name, value in (("allow", self.allow), ("search", self.search)):
+            if isinstance(value, str):
+                raise UsageError(name, "is one name, not several", f"give ({value!r},)")
         roots = tuple(Path(os.path.realpath(directory)) for directory in self.allow)
         object.__setattr__(self, "_roots", roots)
 
@@ -57,7 +60,7 @@ class Gate:
         """Where a file that an image refers to is: `path`, or of that name in `search`."""
         if self.search and not (self.permits(path, named) and _mode(path)):
             for directory in self.search:
-                found = directory / path.name
+                found = Path(directory) / path.name
                 mode = _mode(found)
                 if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
                     return found

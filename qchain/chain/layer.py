@@ -92,7 +92,7 @@ class Layer(Protocol):
     """What the rest of the library knows of a layer, whatever its format.
 
     `size` is the virtual size in bytes; `terminal` says that nothing below can
-    show through (raw).
+    show through (raw); `cut` that data was read which lies beyond the end of its file.
     """
 
     path: Path
@@ -101,6 +101,7 @@ class Layer(Protocol):
     size: int
     granularity: int
     terminal: bool
+    cut: bool
     backing: Backing | None
     header: Header | None
 
@@ -132,10 +133,13 @@ class Layer(Protocol):
         ...
 
 
-def _read_whole(file: HostFile, view: memoryview, offset: int) -> None:
+def _read_whole(file: HostFile, view: memoryview, offset: int) -> bool:
+    """Fill `view`, with zeroes beyond the end of the file; whether it held everything."""
     done = file.pread_into(view, offset)
     if done < len(view):
         view[done:] = bytes(len(view) - done)
+        return False
+    return True
 
 
 class Qcow2Layer:
@@ -143,6 +147,7 @@ class Qcow2Layer:
 
     format = "qcow2"
     terminal = False
+    cut = False
 
     def __init__(
         self,
@@ -182,7 +187,8 @@ class Qcow2Layer:
 
     def read_data(self, view: memoryview, offset: int) -> None:
         if self.cipher is None:
-            _read_whole(self.data, view, offset)
+            if not _read_whole(self.data, view, offset):
+                self.cut = True
         else:
             self.cipher.read_into(view, offset, self.data)
 
@@ -265,6 +271,7 @@ class RawLayer:
 
     format = "raw"
     terminal = True
+    cut = False
     header: Header | None = None
     backing: Backing | None = None
 

@@ -161,10 +161,9 @@ def journal_names(journal: Path) -> tuple[set[str], set[str]] | None:
         chain = [os.path.realpath(layer["path"]) for layer in stored["layers"]]
         merged: set[str] = set()
         for group in stored["groups"]:
-            kept, below = group["kept"], group["below"]
-            merged.update(chain[kept : None if below is None else kept + below])
+            merged.update(chain[index] for index in group["line"][: group["count"]])
         return set(chain), merged
-    except (ImageError, OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (ImageError, OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 

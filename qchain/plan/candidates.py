@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from qchain.chain.chain_tree import ChainTree
 from qchain.chain.layer import Layer, Qcow2Layer
 from qchain.hostfile import mount_id
 from qchain.plan.clusters import ClusterCount
@@ -16,7 +17,7 @@ from qchain.plan.space import device_shortage, freed_by, highest, taken_by
 from qchain.plan.traffic import Traffic, count_traffic
 from qchain.qcow2.header_limits import MAX_L1_BYTES
 
-__all__ = ["Candidate", "candidates_of", "choose"]
+__all__ = ["Candidate", "candidates_of", "choose", "figures_of", "rank"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,12 @@ class Candidate:
     def feasible(self) -> bool:
         return self.reason is None
 
+    @property
+    def risk(self) -> str:
+        """What no longer reads as before if the merge is stopped midway and given up: "none" of
+        the points, or "dropped" ones, which a commit writes over. Kept ones always do."""
+        return "none" if self.strategy in ("pull", "copy") else "dropped"
+
 
 def strategy_of(position: int, count: int) -> str:
     """The word for the target at `position` of a group of `count` (0 = the kept image)."""
@@ -66,12 +73,13 @@ def _apart(a: Layer, b: Layer) -> bool:
     return mount_id(a.path.parent) != mount_id(b.path.parent)
 
 
-def obstacle(
-    layers: Sequence[Layer], group: Group, target: int, options: MergeOptions
-) -> str | None:
+def obstacle(tree: ChainTree, group: Group, target: int, options: MergeOptions) -> str | None:
     """Why `target` (a layer index) cannot receive the data; None if it can."""
+    layers = tree.layers
     kept, layer = layers[group.kept], layers[target]
-    lowest = layers[group.members[-1]]
+    lowest = layers[group.owned[-1]]
+    if target in group.shared:
+        return f"{layer.path.name} goes with another group: other images still back on it"
     strategy = strategy_of(group.members.index(target), len(group.members))
     if options.strategy not in ("auto", strategy):
         return f"--strategy {options.strategy} was asked for"
@@ -93,9 +101,10 @@ def obstacle(
             f"{layer.path.name} is {layer.format}: under the name {kept.path.name} it would be "
             f"taken for {kept.format}"
         )
-        if group.kept > 0:
+        overlays = tree.overlays[group.kept]
+        if overlays:
             # No order of a rename and a header write keeps the overlay readable throughout.
-            return f"{trap} by {layers[group.kept - 1].path.name}; use --names lowest"
+            return f"{trap} by {layers[overlays[0]].path.name}; use --names lowest"
         if not options.allow_format_change:
             return f"{trap}; allow it with --allow-format-change, or use --names lowest"
     if layer.format == "raw" and kept.size != layer.size and layer.file.is_block_device:
@@ -111,7 +120,8 @@ def obstacle(
                 f"{layer.path.name} cannot grow to {kept.size} bytes: its L1 table would be larger "
                 f"than {MAX_L1_BYTES} bytes"
             )
-    below = layers[target + 1].size if target + 1 < len(layers) else 0
+    backing = tree.below[target]
+    below = 0 if backing is None else layers[backing].size
     if (
         isinstance(layer, Qcow2Layer)
         and layer.version < 3
@@ -132,24 +142,22 @@ def _figures(
     traffic: Traffic,
     grown: Growth,
     model: TimeModel,
-    keep_files: bool,
 ) -> Candidate:
     target = group.members[position]
     reads = traffic.commit_bytes + traffic.pull_read_bytes
     written = traffic.commit_bytes + traffic.pull_bytes
-    freed = 0 if keep_files else freed_by(layers, group, target)
-    pulls = position < len(group.members) - 1
+    pulls = position < group.count - 1
     requests = -(-traffic.commit_bytes // (1 << 20)) + traffic.extents
     seconds = model.seconds(
         read=reads,
         written=written,
         requests=requests if position else 0,
         serial_requests=traffic.extents if pulls else 0,
-        files=len(layers) - group.kept,
+        files=len(group.line),
         commands=(1 if position else 0) + (3 if pulls else 0),
     )
     return Candidate(
-        strategy_of(position, len(group.members)),
+        strategy_of(position, group.count),
         "qemu-img",
         target,
         None,
@@ -158,63 +166,68 @@ def _figures(
         traffic.extents,
         grown.file,
         highest(taken_by(layers, group, target, grown)),
-        freed,
+        0,
         round(seconds, 3),
         traffic,
-        growth=grown,
+        grown,
     )
 
 
-def candidates_of(
+def figures_of(
     layers: Sequence[Layer],
     group: Group,
-    options: MergeOptions,
     model: TimeModel = DEFAULT,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Candidate]:
-    """Every target of the group, from the kept image down, and the copy."""
+    """What every target of the group would cost, the kept image first, possible or not."""
     members = [layers[index] for index in group.members]
-    reasons = [obstacle(layers, group, target, options) for target in group.members]
-    last = len(layers) - 1
+    under = [layers[index] for index in group.under]
+    below = [*(layers[index].size for index in group.line[1:]), 0]
     clusters = [
-        ClusterCount(layer, members[0].size, layers[index + 1].size if index < last else 0)
-        for index, layer in zip(group.members, members, strict=True)
+        ClusterCount(layer, members[0].size, size)
+        for layer, size in zip(members, below, strict=False)
     ]
-    figures = count_traffic(
-        members,
-        range(len(members)),
-        () if group.below is None else layers[group.below :],
-        progress,
-        clusters,
-    )
+    counted = count_traffic(members, range(len(members)), under, progress, clusters)
+    return [
+        _figures(layers, group, position, traffic, growth_of(members[position], count), model)
+        for position, (traffic, count) in enumerate(zip(counted, clusters, strict=True))
+    ]
+
+
+def candidates_of(
+    tree: ChainTree, group: Group, figures: Sequence[Candidate], options: MergeOptions
+) -> list[Candidate]:
+    """Every target of the group, from the kept image down, and the copy.
+
+    Args:
+        figures: what `figures_of` gave for the group.
+    """
     out = []
-    for position, (traffic, count) in enumerate(zip(figures, clusters, strict=True)):
-        grown = growth_of(members[position], count)
-        found = _figures(layers, group, position, traffic, grown, model, options.keep_files)
-        reason = reasons[position] or device_shortage(members[position], grown)
-        if reason is not None:
-            names = (name for name in Candidate.__slots__ if name != "reason")
-            found = Candidate(reason=reason, **{name: getattr(found, name) for name in names})
-        out.append(found)
+    for found in figures:
+        target, growth = found.target, found.growth
+        assert target is not None and growth is not None
+        reason = obstacle(tree, group, target, options)
+        reason = reason or device_shortage(tree.layers[target], growth)
+        freed = 0 if options.keep_files else freed_by(tree.layers, group, target)
+        out.append(replace(found, reason=reason, freed_bytes=freed))
     out.append(Candidate("copy", "qemu-img", None, "copies come with a later version"))
     return out
 
 
+def rank(candidate: Candidate, prefer: str) -> tuple[float, float, float]:
+    """What is minimised: estimated seconds, then bytes written; `prefer` "writes" or
+    "space" puts bytes written, or peak space, first."""
+    time, writes = candidate.seconds, float(candidate.write_bytes)
+    space = float(candidate.peak_extra_bytes)
+    orders = {
+        "time": (time, writes, space),
+        "writes": (writes, time, space),
+        "space": (space, time, writes),
+    }
+    return orders[prefer]
+
+
 def choose(candidates: Sequence[Candidate], prefer: str) -> Candidate | None:
-    """The best feasible candidate; None if there is none.
-
-    By estimated seconds, then bytes written; `prefer` "writes" or "space" puts bytes
-    written, or peak space, first.
-    """
-
-    def rank(candidate: Candidate) -> tuple[float, ...]:
-        time, writes = candidate.seconds, float(candidate.write_bytes)
-        space = float(candidate.peak_extra_bytes)
-        return {
-            "time": (time, writes, space),
-            "writes": (writes, time, space),
-            "space": (space, time, writes),
-        }[prefer]
-
+    """The best feasible candidate by `rank`; None if there is none."""
     feasible = [candidate for candidate in candidates if candidate.feasible]
-    return min(feasible, key=rank, default=None)
+    return min(feasible, key=lambda candidate: rank(candidate, prefer), default=None)

@@ -1,4 +1,4 @@
-"""A plan: the groups of a request, their candidates, the choice, and the steps in order."""
+"""A plan: the groups of a request, the choice for each, and the steps in order."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qchain.chain.chain import Chain
+from qchain.chain.chain_tree import ChainTree, tree_of
 from qchain.chain.layer import Layer
-from qchain.plan.candidates import Candidate, candidates_of, choose
+from qchain.plan.candidates import Candidate
+from qchain.plan.choice import GroupPlan, choices, impossible
 from qchain.plan.model import DEFAULT, TimeModel
 from qchain.plan.naming import naming_refusals
 from qchain.plan.options import MergeOptions
+from qchain.plan.reasons import reason
 from qchain.plan.refusals import (
     above_refusals,
     file_refusals,
@@ -30,26 +33,20 @@ __all__ = ["GroupPlan", "Plan", "make_plan"]
 
 
 @dataclass(frozen=True)
-class GroupPlan:
-    """One group: every candidate, the chosen one (None: none is possible), its steps."""
-
-    group: Group
-    candidates: tuple[Candidate, ...]
-    chosen: Candidate | None
-    steps: tuple[Step, ...]
-    result: Path | None
-
-
-@dataclass(frozen=True)
 class Plan:
     """What a merge would do to a chain, and why. `refusals`: why it would do nothing."""
 
-    layers: tuple[Layer, ...]
+    tree: ChainTree
     options: MergeOptions
     groups: tuple[GroupPlan, ...]
     refusals: tuple[str, ...]
     token: str = ""
     """Part of the journal's name."""
+    model: TimeModel = DEFAULT
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return self.tree.layers
 
     @property
     def steps(self) -> list[Step]:
@@ -62,8 +59,9 @@ class Plan:
     def as_json(self, program: str = "qemu-img") -> dict[str, object]:
         """The plan with the field names that outside scripts rely on."""
         return {
-            "active": [self.path(0)],
+            "active": [self.path(index) for index in self.tree.actives],
             "groups": [self._group_json(group) for group in self.groups],
+            "seconds_from": self.model.source,
             "steps": [as_json(step, program) for step in self.steps],
             "refusals": list(self.refusals),
         }
@@ -73,6 +71,7 @@ class Plan:
         return {
             "kept": self.path(plan.group.kept),
             "dropped": [self.path(index) for index in plan.group.dropped],
+            "shared": [self.path(index) for index in plan.group.shared],
             "new_backing": self.path(plan.group.below),
             "chosen": None if chosen is None else chosen.strategy,
             "engine": None if chosen is None else chosen.engine,
@@ -94,6 +93,7 @@ class Plan:
                     "peak_extra_bytes": candidate.peak_extra_bytes,
                     "freed_bytes": candidate.freed_bytes,
                     "seconds": candidate.seconds,
+                    "risk": candidate.risk,
                 }
                 for candidate in plan.candidates
             ],
@@ -108,37 +108,8 @@ def _clusters_json(candidate: Candidate) -> dict[str, object]:
     return {"target_clusters_added": growth.clusters, "target_growth_exact": growth.exact}
 
 
-def _human(size: int) -> str:
-    value = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError
-
-
-def reason(layers: Sequence[Layer], plan: GroupPlan) -> str:
-    """One sentence: why this candidate, with the numbers that decided."""
-    chosen = plan.chosen
-    if chosen is None or chosen.target is None:
-        return "no way is possible"
-    moved = chosen.write_bytes
-    name = layers[chosen.target].path.name
-    said = f"{chosen.strategy} into {name} moves {_human(moved)}"
-    others = [c for c in plan.candidates if c.feasible and c is not chosen]
-    if not others:
-        return f"{said}; it is the only way possible"
-    best = min(others, key=lambda c: (c.seconds, c.write_bytes))
-    assert best.target is not None
-    other = layers[best.target].path.name
-    return (
-        f"{said} (estimated {chosen.seconds:.2g} s); {best.strategy} into {other} would move "
-        f"{_human(best.write_bytes)} ({best.seconds:.2g} s)"
-    )
-
-
 def make_plan(
-    chain: Chain,
+    chain: Chain | ChainTree,
     request: Request,
     options: MergeOptions | None = None,
     model: TimeModel = DEFAULT,
@@ -150,75 +121,74 @@ def make_plan(
         merge is in `refusals`; with any refusal there are no steps.
     """
     options = options or MergeOptions()
-    layers = chain.layers
-    groups = groups_of(select(request, layers), len(layers))
-    unfinished = unfinished_refusals(layers, groups)
-    refusals: list[str] = []
-    refusals += [line for group in groups for line in file_refusals(layers, group)]
-    refusals += overlay_refusals(layers, groups, options)
-    found: list[tuple[Group, list[Candidate], Candidate | None]] = []
-    changes: list[Change] = []
-    for group in groups:
-        candidates = candidates_of(layers, group, options, model, progress)
-        chosen = choose(candidates, options.prefer)
-        if chosen is None:
-            refusals.append(_impossible(layers, group, candidates, options))
-        elif chosen.target is not None:
-            assert chosen.growth is not None
-            changes += changes_of(layers, group, chosen.target, chosen.growth, options.keep_files)
-            refusals += above_refusals(layers, group, chosen.target, options)
-        found.append((group, candidates, chosen))
-    directories = (layers[index].path.parent for group in groups for index in group.members)
-    refusals += space_refusals(peaks(changes), directories)
+    tree = tree_of(chain)
+    layers = tree.layers
+    dropped = select(request, tree)
+    bare = groups_of(dropped, tree)
+    unfinished = unfinished_refusals(layers, bare)
+    chosen = choices(tree, bare, options, model, progress)
+    refusals = _refusals(tree, chosen, options)
     # What a stopped merge left in place speaks of nothing but that merge.
     refusals = unfinished or refusals
     plans: list[GroupPlan] = []
     token = secrets.token_hex(3)
-    results: dict[int, tuple[Path, str]] = {}
+    results: dict[int, list[Above]] = {}
     files = {layer.path.absolute(): layer for layer in layers}
     files |= {Path(os.path.abspath(layer.path)): layer for layer in layers}
     narrow: list[str] = []
-    for group, candidates, chosen in found:
-        steps: list[Step] = []
-        result = None
-        if not refusals and chosen is not None and chosen.target is not None:
-            above = _above(layers, group, results)
+    for plan in chosen:
+        group = plan.group
+        if not refusals and plan.chosen is not None and plan.chosen.target is not None:
+            above = [*results.get(group.kept, ()), *_kept_above(tree, group, dropped)]
             # Not to be told from the journal's name, which all can see before the work begins.
             secret = secrets.token_hex(8)
-            steps, result = sequence(layers, group, chosen, options, secret, above)
-            results[group.members[-1]] = (result, layers[chosen.target].format)
-            files[result] = layers[chosen.target]
+            steps, result = sequence(layers, group, plan.chosen, options, secret, above)
+            if group.below is not None:
+                made = Above(result, layers[plan.chosen.target].format, _relative(layers, group))
+                results.setdefault(group.below, []).append(made)
+            files[result] = layers[plan.chosen.target]
             narrow += naming_refusals(steps, files)
-        plans.append(GroupPlan(group, tuple(candidates), chosen, tuple(steps), result))
+            plan = replace(plan, steps=tuple(steps), result=result)
+        plans.append(plan)
     if narrow:
         refusals += narrow
         plans = [replace(plan, steps=(), result=None) for plan in plans]
-    return Plan(layers, options, tuple(plans), tuple(dict.fromkeys(refusals)), token)
+    return Plan(tree, options, tuple(plans), tuple(dict.fromkeys(refusals)), token, model)
 
 
-def _above(
-    layers: Sequence[Layer], group: Group, results: dict[int, tuple[Path, str]]
-) -> Above | None:
-    """What backs on the kept image once the groups above it are merged."""
-    index = group.kept - 1
-    if index < 0:
-        return None
-    overlay = layers[index]
-    assert overlay.backing is not None
-    path, fmt = results.get(index, (Path(os.path.abspath(overlay.path)), overlay.format))
-    return Above(path, fmt, not overlay.backing.name.startswith("/"))
+def _refusals(tree: ChainTree, plans: Sequence[GroupPlan], options: MergeOptions) -> list[str]:
+    """What speaks against the merge."""
+    layers = tree.layers
+    out = [line for plan in plans for line in file_refusals(layers, plan.group)]
+    out += overlay_refusals(layers, [plan.group for plan in plans], options)
+    changes: list[Change] = []
+    for plan in plans:
+        chosen = plan.chosen
+        if chosen is None:
+            out.append(impossible(layers, plan, options))
+        elif chosen.target is not None:
+            assert chosen.growth is not None
+            changes += changes_of(
+                layers, plan.group, chosen.target, chosen.growth, options.keep_files
+            )
+            out += above_refusals(tree, plan.group, chosen.target, options)
+    directories = (layers[index].path.parent for plan in plans for index in plan.group.members)
+    return out + space_refusals(peaks(changes), directories)
 
 
-def _impossible(
-    layers: Sequence[Layer],
-    group: Group,
-    candidates: Sequence[Candidate],
-    options: MergeOptions,
-) -> str:
-    asked = f"--strategy {options.strategy} was asked for"
-    told = [c for c in candidates if c.strategy == options.strategy and c.reason != asked]
-    told = told or [c for c in candidates if c.reason != asked and c.target is not None]
-    kept = layers[group.kept].path
-    if not told:
-        return f"{kept}: no target for --strategy {options.strategy} in this group; use auto"
-    return f"{kept}: cannot be merged this way: {told[0].reason}"
+def _relative(layers: Sequence[Layer], group: Group) -> bool:
+    """Whether the group's result names its backing file by a relative name."""
+    backing = layers[group.members[-1]].backing
+    return backing is not None and not backing.name.startswith("/")
+
+
+def _kept_above(tree: ChainTree, group: Group, dropped: frozenset[int]) -> list[Above]:
+    """The kept images that back on the group's kept image, and name it as they always did."""
+    out = []
+    for index in tree.overlays[group.kept]:
+        overlay = tree.layers[index]
+        if index not in dropped:
+            assert overlay.backing is not None
+            relative = not overlay.backing.name.startswith("/")
+            out.append(Above(Path(os.path.abspath(overlay.path)), overlay.format, relative))
+    return out

@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from qchain.chain.chain_tree import ChainTree
 from qchain.chain.layer import Layer
 from qchain.chain.names import resolve_backing
 from qchain.chain.scan import Unseen, identity, journal_names, overlays_in, unfinished
@@ -39,8 +40,9 @@ def file_refusals(layers: Sequence[Layer], group: Group) -> list[str]:
             )
         if index != group.kept and header.bitmaps_extension is not None:
             out.append(f"{path}: holds bitmaps that would be lost; remove them first")
-    for index in group.members:
-        out += _name_refusals(layers, index)
+    for position, index in enumerate(group.members):
+        below = group.line[position + 1] if position + 1 < len(group.line) else None
+        out += _name_refusals(layers, index, below)
     for index in group.members[:-1]:
         backing = layers[index].backing
         if backing is not None and backing.format is None:
@@ -85,23 +87,25 @@ def _unfit(layer: Layer) -> list[str]:
     return out
 
 
-def above_refusals(
-    layers: Sequence[Layer], group: Group, target: int, options: MergeOptions
-) -> list[str]:
-    """What makes the image above the kept one unfit, where its header is led to another name.
+def above_refusals(tree: ChainTree, group: Group, target: int, options: MergeOptions) -> list[str]:
+    """What makes an image above the kept one unfit, where its header is led to another name.
 
     That happens after the switch: it must not fail. A member of another group is none of
     these; `file_refusals` has looked at it.
     """
     renamed = options.names == "lowest" or (options.names == "target" and target != group.kept)
-    if not renamed or group.kept == 0:
+    if not renamed:
         return []
     way = "or use --names kept, which leaves it alone"
-    return [f"{line}; {way}" for line in _unfit(layers[group.kept - 1])]
+    return [
+        f"{line}; {way}"
+        for index in tree.overlays[group.kept]
+        for line in _unfit(tree.layers[index])
+    ]
 
 
-def _name_refusals(layers: Sequence[Layer], index: int) -> list[str]:
-    """Backing names that qemu-img would take for another file than the plan does."""
+def _name_refusals(layers: Sequence[Layer], index: int, below: int | None) -> list[str]:
+    """Backing names that qemu-img would take for another file than the plan does: `below`."""
     layer = layers[index]
     if layer.backing is None:
         return []
@@ -109,7 +113,7 @@ def _name_refusals(layers: Sequence[Layer], index: int) -> list[str]:
     name = f"{layer.path}: its backing name {layer.backing.name[:80]!r}"
     if not named.plain:
         return [f"{name} is not a plain file name; record one with 'qemu-img rebase -u'"]
-    if index + 1 == len(layers) or identity(named.path) != layers[index + 1].file.id:
+    if below is None or identity(named.path) != layers[below].file.id:
         return [f"{name} is not where it says; record the right one with 'qemu-img rebase -u'"]
     return []
 

@@ -1,4 +1,4 @@
-"""Which points of a chain to drop, and the groups that follow from it."""
+"""Which points of a tree to drop, and the groups that follow from it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qchain.chain.chain_tree import ChainTree
 from qchain.chain.layer import Layer
 from qchain.errors import UsageError
 
-__all__ = ["Group", "Request", "find_layer", "groups_of", "select"]
+__all__ = ["Group", "Request", "find_layer", "find_layers", "groups_of", "select"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,82 +28,126 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A kept image and the dropped ones directly below it, as layer indices (0 = active).
+    """A kept image and the dropped ones directly below it, as indices of layers of a tree.
 
-    `members`: the kept image first, then the dropped ones downwards. `below`: the new
-    backing, None at the end of the chain.
+    x <- d2 <- d1 <- base   line of x: x d2 d1 base, count 3; of y: y d1 base, count 2.
+    y <------- /            x first: own 2 (d1 stays, y needs it), then y: own 2 (the heir).
+
+    Attributes:
+        line: from the kept image down to the end of the chain.
+        count: how many of the line are merged: the kept image and the dropped ones.
+        own: how many of these nobody else needs any more when it is this group's turn.
+            Only they may be written to, and go away; the other ones are read.
     """
 
-    members: tuple[int, ...]
-    below: int | None
+    line: tuple[int, ...]
+    count: int
+    own: int
 
     @property
     def kept(self) -> int:
-        return self.members[0]
+        return self.line[0]
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The kept image, and all dropped ones."""
+        return self.line[: self.count]
+
+    @property
+    def owned(self) -> tuple[int, ...]:
+        """The kept image, and the dropped ones that go away with it."""
+        return self.line[: self.own]
 
     @property
     def dropped(self) -> tuple[int, ...]:
-        return self.members[1:]
+        return self.line[1 : self.count]
+
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """The dropped ones that other kept images still need."""
+        return self.line[self.own : self.count]
+
+    @property
+    def below(self) -> int | None:
+        """The new backing, None at the end of the chain."""
+        return self.line[self.count] if self.count < len(self.line) else None
+
+    @property
+    def under(self) -> tuple[int, ...]:
+        """The new backing and what lies below it."""
+        return self.line[self.count :]
 
 
 def find_layer(name: str, layers: Sequence[Layer]) -> int:
     """The layer that `name` means. Raises `UsageError` when none or several do."""
-    by_path = [
-        index
-        for index, layer in enumerate(layers)
-        if os.path.realpath(layer.path) == os.path.realpath(name) and os.path.lexists(name)
-    ]
-    if len(by_path) == 1:
-        return by_path[0]
-    by_name = [index for index, layer in enumerate(layers) if layer.path.name == name]
-    if len(by_name) == 1:
-        return by_name[0]
-    if by_name:
-        raise UsageError(name, "more than one image of the chain has this name", "give its path")
-    known = ", ".join(layer.path.name for layer in layers[:8])
-    more = ", ..." if len(layers) > 8 else ""
-    raise UsageError(name, "is not in the chain", f"the chain is: {known}{more}")
+    return find_layers([name], layers)[0]
 
 
-def select(request: Request, layers: Sequence[Layer]) -> frozenset[int]:
-    """The indices of the points to drop (layers active first).
+def find_layers(names: Sequence[str], layers: Sequence[Layer]) -> list[int]:
+    """The layers that the names mean. Raises `UsageError` when none or several do."""
+    by_path: dict[str, list[int]] = {}
+    by_name: dict[str, list[int]] = {}
+    for index, layer in enumerate(layers):
+        by_path.setdefault(os.path.realpath(layer.path), []).append(index)
+        by_name.setdefault(layer.path.name, []).append(index)
+    out = []
+    for name in names:
+        found = by_path.get(os.path.realpath(name), []) if os.path.lexists(name) else []
+        if len(found) != 1:
+            found = by_name.get(name, [])
+        if len(found) > 1:
+            why = "more than one image of the chain has this name"
+            raise UsageError(name, why, "give its path")
+        if not found:
+            known = ", ".join(layer.path.name for layer in layers[:8])
+            more = ", ..." if len(layers) > 8 else ""
+            raise UsageError(name, "is not in the chain", f"the chain is: {known}{more}")
+        out.append(found[0])
+    return out
+
+
+def select(request: Request, tree: ChainTree) -> frozenset[int]:
+    """The indices of the points to drop.
 
     Raises: `UsageError` when the request is contradictory, empty, or names an image
-        that is not in the chain.
+        that is not in the tree.
     """
     ways = [bool(request.drop), bool(request.keep), request.flatten, request.collapse]
     if sum(ways) != 1:
         raise UsageError(
             "plan", "needs exactly one of --drop, --keep, --flatten, --collapse", "choose one"
         )
-    last = len(layers) - 1
+    layers = tree.layers
+    inner = frozenset(range(len(layers))) - frozenset(tree.actives)
     if request.flatten:
-        dropped = frozenset(range(1, last + 1))
-    elif request.collapse:
-        dropped = frozenset(range(1, last))
-    elif request.keep:
-        kept = {find_layer(name, layers) for name in request.keep}
-        dropped = frozenset(range(1, last + 1)) - kept
-    else:
-        dropped = frozenset(find_layer(name, layers) for name in request.drop)
-    if 0 in dropped:
+        return inner
+    if request.collapse:
+        return frozenset(index for index in inner if tree.below[index] is not None)
+    if request.keep:
+        return inner.difference(find_layers(request.keep, layers))
+    dropped = frozenset(find_layers(request.drop, layers))
+    for active in sorted(dropped - inner):
         raise UsageError(
-            layers[0].path,
+            layers[active].path,
             "the active point cannot be dropped by a merge: nothing above keeps its content",
             "to go back to an older point, delete the active image itself",
         )
     return dropped
 
 
-def groups_of(dropped: frozenset[int], depth: int) -> list[Group]:
-    """The groups, from the top of the chain down; images that nothing happens to are in none."""
+def groups_of(dropped: frozenset[int], tree: ChainTree) -> list[Group]:
+    """A group for each kept image that backs on a dropped one, upper ones first.
+
+    All of each group's members are its own here; `qchain.plan.heirs` says whose they are.
+    """
     groups: list[Group] = []
-    index = 0
-    while index < depth:
-        end = index + 1
-        while end < depth and end in dropped:
-            end += 1
-        if end > index + 1:
-            groups.append(Group(tuple(range(index, end)), end if end < depth else None))
-        index = end
+    for index in tree.from_above():
+        below = tree.below[index]
+        if index in dropped or below is None or below not in dropped:
+            continue
+        line = tree.line(index)
+        count = 1
+        while count < len(line) and line[count] in dropped:
+            count += 1
+        groups.append(Group(line, count, count))
     return groups

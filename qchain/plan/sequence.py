@@ -62,7 +62,7 @@ class _Builder:
     candidate: Candidate
     options: MergeOptions
     token: str
-    above: Above | None
+    above: Sequence[Above]
     steps: list[Step] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -71,6 +71,11 @@ class _Builder:
         self.t = self.layers[self.t_index]
         self.j = self.layers[self.group.kept]
         self.lowest = self.layers[self.group.members[-1]]
+        self.lowest_owned = self.layers[self.group.owned[-1]]
+        position = self.group.line.index(self.t_index)
+        self.present = (
+            None if position + 1 == len(self.group.line) else self.group.line[position + 1]
+        )
         self.t_path, self.j_path = _absolute(self.t.path), _absolute(self.j.path)
         self.work = self.t_path.parent / f"{WORK_PREFIX}{self.token}"
         self.alias = f"{WORK_PREFIX}{self.token}.b"
@@ -133,7 +138,8 @@ class _Builder:
         assert present is not None and present.format is not None
         directory = self.t_path.parent
         link = self.work / "image"
-        below = self.layers[self.t_index + 1]
+        assert self.present is not None
+        below = self.layers[self.present]
         # Beside t the alias is its present backing, within the work directory the new
         # one: whichever header t has, opened by its own name it reads its old content.
         self.add(
@@ -206,7 +212,7 @@ class _Builder:
         if self.options.names == "kept":
             final = self.j_path
         elif self.options.names == "lowest":
-            final = _absolute(self.lowest.path)
+            final = _absolute(self.lowest_owned.path)
         else:
             final = self.t_path
         name_here, way = self.backing_name(directory), self.way(final)
@@ -228,22 +234,25 @@ class _Builder:
                 # t keeps its name until whatever backs on it knows the other one.
                 spare = final.with_name(f"{WORK_PREFIX}{self.token}.new")
                 self.add(HardLink(self.t_path, spare), Rename(spare, final), Sync(final.parent))
-        if self.options.names != "kept" and final != self.j_path and self.above is not None:
-            name = str(final)
-            if self.above.relative:
-                name = _relative(final, self.above.path.parent)
-            argv = rebase_unsafe_argv(self.above.path, self.above.format, name, self.t.format)
-            label = f"re-point {self.above.path.name}"
-            self.add(Command(tuple(argv), label=label, writes=(self.above.path,)))
-            self.add(Sync(self.above.path))
-            self.add(Confirm(self.above.path, final, self.t.format))
+        if self.options.names != "kept" and final != self.j_path:
+            for above in self.above:
+                self.lead(above, final)
         return final
+
+    def lead(self, above: Above, final: Path) -> None:
+        """Let an image that backs on the kept one name the result."""
+        name = _relative(final, above.path.parent) if above.relative else str(final)
+        argv = rebase_unsafe_argv(above.path, above.format, name, self.t.format)
+        label = f"re-point {above.path.name}"
+        self.add(Command(tuple(argv), label=label, writes=(above.path,)))
+        self.add(Sync(above.path))
+        self.add(Confirm(above.path, final, self.t.format))
 
     def delete(self, final: Path) -> None:
         """Remove the names that are left over, from the top down: what backs goes last."""
         directories = {self.t_path.parent}
         renamed = self.options.names == "kept" and final != self.t_path
-        for index in self.group.members:
+        for index in self.group.owned:
             path = _absolute(self.layers[index].path)
             if path == final or (renamed and path == self.t_path):
                 continue
@@ -296,7 +305,7 @@ def sequence(
     candidate: Candidate,
     options: MergeOptions,
     token: str,
-    above: Above | None,
+    above: Sequence[Above],
 ) -> tuple[list[Step], Path]:
     """The steps that merge `group` by `candidate`, and the path of the result.
 

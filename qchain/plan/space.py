@@ -61,7 +61,8 @@ def taken_by(layers: Sequence[Layer], group: Group, target: int, growth: Growth)
     work = _frozen_bytes(layer) + growth.rescued
     if target != group.members[-1]:
         # Two: beside the target, and in the work directory.
-        work += 2 * _alias_bytes(layers[target + 1].size)
+        below = group.line[group.members.index(target) + 1]
+        work += 2 * _alias_bytes(layers[below].size)
     out = [Change(layer.path.parent.stat().st_dev, work)]
     if not layer.file.is_block_device:
         out.append(Change(layer.file.id.device, growth.file + _holes_filled(layer, growth)))
@@ -89,7 +90,7 @@ def freed_by(layers: Sequence[Layer], group: Group, target: int) -> int:
 
 
 def _deleted(layers: Sequence[Layer], group: Group, target: int) -> list[HostFile]:
-    files = [layers[index].file for index in group.members if index != target]
+    files = [layers[index].file for index in group.owned if index != target]
     return [file for file in files if not file.is_block_device]
 
 

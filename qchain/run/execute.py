@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from qchain.chain.chain import Chain
+from qchain.chain.chain_tree import ChainTree, tree_of
 from qchain.chain.layer import Layer
 from qchain.errors import FailedMidway, QchainError, Refused
 from qchain.plan.plan import Plan
@@ -92,9 +93,10 @@ def run_group(
         if whole:
             journal.remove()
         if isinstance(error, KeyboardInterrupt):
-            if whole and not altered:
-                raise
-            raise KeyboardInterrupt(_way_on(whole, altered, "merge again")) from None
+            # What was written, if anything, shows through no image.
+            as_before = "every point reads as before; merge again"
+            way = _way_on(whole, altered, "merge again") if altered or not whole else as_before
+            raise KeyboardInterrupt(way) from None
         way = _way_on(whole, altered, "mend this and merge again")
         if isinstance(error, OSError):
             what = str(error.filename or run.t_path)
@@ -102,6 +104,15 @@ def run_group(
         raise FailedMidway(error.what, error.why, way) from None
     finally:
         run.close()
+
+
+def _let_go(locks: ChainLocks) -> None:
+    """Close what has no name any more: only then its space is free for the next group."""
+    gone = [layer for layer in locks.layers if not os.fstat(layer.file.fd).st_nlink]
+    locks.layers = [layer for layer in locks.layers if layer not in gone]
+    for layer in gone:
+        layer.data.close()
+        layer.file.close()
 
 
 def _commits_to(step: Step, run: GroupRun) -> set[type[Step]]:
@@ -159,12 +170,12 @@ def _unchanged(layers: Sequence[Layer]) -> None:
 
 def execute(
     plan: Plan,
-    chain: Chain,
+    chain: Chain | ChainTree,
     qemu: QemuImg | None = None,
     observer: Observer | None = None,
     before_step: Callable[[Step], None] | None = None,
 ) -> MergeResult:
-    """Merge as `plan` says; `chain` is the chain it was made from, still open.
+    """Merge as `plan` says; `chain` is the chain, or tree, it was made from, still open.
 
     `before_step` is called before each step (tests stop there).
 
@@ -178,22 +189,30 @@ def execute(
     observer = observer or Silent()
     compared, verified = 0, True
     mode = plan.options.verify
-    layers: Sequence[Layer] = chain.layers
+    tree = tree_of(chain)
+    layers: Sequence[Layer] = tree.layers
     if plan.groups:
-        merged = [layers[index] for group in plan.groups for index in group.group.members]
+        alone = {index for group in plan.groups for index in group.group.members}
+        merged = [layers[index] for index in sorted(alone.union(tree.actives))]
         files = [layer.file for layer in layers]
-        mine = [layers[0].file, *(layer.file for layer in merged)]
-        with sole(files, mine), ChainLocks(layers, merged) as locks:
-            _unchanged(layers)
-            _alone(plan)
-            for line in unfinished_refusals(layers, [group.group for group in plan.groups]):
-                raise Refused("merge", line, "")
+        with (
+            sole(files, [layer.file for layer in merged]),
+            ChainLocks(layers, merged) as locks,
+        ):
+            try:
+                _unchanged(layers)
+                _alone(plan)
+                for line in unfinished_refusals(layers, [group.group for group in plan.groups]):
+                    raise Refused("merge", line, "")
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt("nothing was changed") from None
             journal = Journal.begin(plan)
             for number, (group, record) in enumerate(zip(plan.groups, journal.groups, strict=True)):
-                held = layers[group.group.kept :]
+                held = [layers[index] for index in group.group.line]
                 run = GroupRun(record, held, mode, qemu, observer, locks)
                 look_out = partial(_alone, plan, number)
                 run_group(run, journal, number, 0, before_step, look_out)
+                _let_go(locks)
                 if run.comparison is not None:
                     compared += run.comparison.compared_bytes
                     verified = verified and run.comparison.identical

@@ -1,30 +1,31 @@
 """The journal of a merge: what it does, how far it is, and how it left every file.
 
 One JSON document beside the active image, `.qchain-TOKEN.journal`, replaced as a whole
-and durably before each step. Format 2:
+and durably before each step. Format 3:
 
-    {"qchain_journal": 2, "token", "active", "home": inode,
+    {"qchain_journal": 3, "token", "actives": [index], "home": inode,
      "verify", "names", "allow_format_change": bool, "scan": [path],
      "layers": [{"path", "format", "device", "inode", "size", "mtime_ns", "digest"}],
-     "groups": [{"kept": k, "target": t, "below": b | null,
+     "groups": [{"line": [index], "count": c, "own": o, "target": t,
                  "present": [name, format] | null, "steps": [..]}],
      "group": g, "step": s, "unsettled": [index], "carrying": bool,
      "altered": bool}
 
-`layers`: the whole chain, active first; a group counts its target and its new backing
-from its kept image k. `home`: the inode of the journal's directory. `present`: the target's
-backing name before. Step s of group g may have been done in part, those before it are
-done. Each layer is described as it was when it was last durable and ours; those in
-`unsettled` were being written to. `carrying`: what a guest wrote to the kept image after
-a stop is being taken over into the target. `altered`: a commit has written to the target,
-and then the group was put back to its first step.
+`layers`: all files of the tree. A group's line: from its kept image down to the base; its
+first c are merged, its first o are its own (the others are only read, and stay), and its
+target is among them, at place t of the line. `home`: the inode of the journal's directory.
+`present`: the target's backing name before. Step s of group g may have been done in part,
+those before it are done. Each layer is described as it was when it was last durable and
+ours; those in `unsettled` were being written to. `carrying`: what a guest wrote to the kept
+image after a stop is being taken over into the target. `altered`: a commit has written to
+the target, and then the group was put back to its first step.
 
 Where images lie in further directories, each of these has a pointer of the same name:
 
-    {"qchain_journal": 2, "see": path of the journal}
+    {"qchain_journal": 3, "see": path of the journal}
 
 Without a journal nothing is unfinished. How one is read, and which ones are believed:
-`qchain.run.journal_file`. Format 1 (before the first release) had no descriptions.
+`qchain.run.journal_file`. Formats 1 and 2 (before the first release) knew no trees.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from qchain.run.identity import FileState, state_of
 
 __all__ = ["FORMAT", "GroupRecord", "Journal", "LayerRecord"]
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +62,30 @@ class LayerRecord:
 
 @dataclass(frozen=True, slots=True)
 class GroupRecord:
-    """One group: `target`, `below` count from the kept image, which is `chain[kept]`."""
+    """One group: see the format. `chain`: all files of the journal."""
 
     chain: list[LayerRecord]
-    kept: int
+    line: tuple[int, ...]
+    count: int
+    own: int
     target: int
-    below: int | None
     present: tuple[str, str | None] | None
     steps: tuple[Step, ...]
 
     @property
     def layers(self) -> list[LayerRecord]:
         """The kept image and all below it, down to the base."""
-        return self.chain[self.kept :]
+        return [self.chain[index] for index in self.line]
+
+    @property
+    def below(self) -> int | None:
+        """The place of the new backing in the line; None where there is none."""
+        return self.count if self.count < len(self.line) else None
 
     @property
     def members(self) -> list[LayerRecord]:
-        """The kept image and the dropped ones."""
-        return self.layers[: self.below]
+        """The kept image and the dropped ones that are the group's own."""
+        return [self.chain[index] for index in self.line[: self.own]]
 
 
 @dataclass
@@ -86,7 +93,7 @@ class Journal:
     """A merge under way. `write` before a step, `settle` after a flush, `remove` at the end."""
 
     path: Path
-    active: Path
+    actives: tuple[int, ...]
     verify: str
     chain: list[LayerRecord]
     groups: tuple[GroupRecord, ...]
@@ -110,29 +117,29 @@ class Journal:
         Without the flush a power loss could take back the very times by which they are
         known.
         """
-        active = plan.layers[0].path.absolute()
+        active = plan.layers[plan.tree.actives[0]].path.absolute()
         for group in plan.groups:
-            for index in group.group.members:
+            for index in group.group.owned:
                 fsync_file(plan.layers[index].path)
         chain = [_record(layer) for layer in plan.layers]
         groups = []
         for group in plan.groups:
             assert group.chosen is not None and group.chosen.target is not None
-            kept, target = group.group.kept, group.chosen.target
-            backing = plan.layers[target].backing
+            backing = plan.layers[group.chosen.target].backing
             groups.append(
                 GroupRecord(
                     chain,
-                    kept,
-                    target - kept,
-                    None if group.group.below is None else group.group.below - kept,
+                    group.group.line,
+                    group.group.count,
+                    group.group.own,
+                    group.group.line.index(group.chosen.target),
                     None if backing is None else (backing.name, backing.format),
                     group.steps,
                 )
             )
         return cls(
             active.parent / f"{WORK_PREFIX}{plan.token}{JOURNAL_SUFFIX}",
-            active,
+            plan.tree.actives,
             plan.options.verify,
             chain,
             tuple(groups),
@@ -142,6 +149,11 @@ class Journal:
             token=plan.token,
             home_inode=active.parent.stat().st_ino,
         )
+
+    @property
+    def active(self) -> Path:
+        """The first active image, beside which the journal lies."""
+        return self.chain[self.actives[0]].path
 
     def write(self, group: int, step: int, writing: Iterable[Path] = ()) -> None:
         """Durably: step `step` of group `group` is about to be done, and writes to `writing`."""
@@ -205,7 +217,7 @@ class Journal:
         return {
             "qchain_journal": FORMAT,
             "token": self.token,
-            "active": str(self.active),
+            "actives": self.actives,
             "home": self.home_inode,
             "verify": self.verify,
             "names": self.names,
@@ -248,9 +260,10 @@ def _layer_json(record: LayerRecord) -> dict[str, object]:
 
 def _group_json(record: GroupRecord) -> dict[str, object]:
     return {
-        "kept": record.kept,
+        "line": record.line,
+        "count": record.count,
+        "own": record.own,
         "target": record.target,
-        "below": record.below,
         "present": record.present,
         "steps": [step_to_json(step) for step in record.steps],
     }

@@ -144,11 +144,14 @@ def _journal(path: Path, stored: dict[str, Any]) -> Journal:
     chain = [_layer(each) for each in _list(stored["layers"])]
     if not chain:
         raise ValueError("it names no layers")
+    actives = tuple(_index(each, len(chain)) for each in _list(stored["actives"]))
+    if not actives:
+        raise ValueError("it names no active image")
     groups = tuple(_group(chain, each) for each in _list(stored["groups"]))
     group = _index(stored["group"], len(groups))
     return Journal(
         path,
-        _path(stored["active"]),
+        actives,
         _one_of(stored["verify"], VERIFY),
         chain,
         groups,
@@ -177,18 +180,19 @@ def _layer(stored: Any) -> LayerRecord:
 
 
 def _group(chain: list[LayerRecord], stored: Any) -> GroupRecord:
-    kept = _index(stored["kept"], len(chain))
-    below, present = stored["below"], stored["present"]
-    members = len(chain) - kept
-    if below is not None:
-        members = _index(below, members)
-    if members < 2:
+    line = tuple(_index(each, len(chain)) for each in _list(stored["line"]))
+    if len(set(line)) != len(line) or len(line) < 2:
+        raise ValueError("a group that is no chain")
+    count = _index(stored["count"], len(line) + 1)
+    own = _index(stored["own"], count + 1)
+    if count < 2 or own < 1:
         raise ValueError("a group without dropped images")
+    present = stored["present"]
     if present is not None:
         name, fmt = _list(present)
         present = (_text(name), None if fmt is None else _text(fmt))
     steps = tuple(step_from_json(step) for step in _list(stored["steps"]))
-    return GroupRecord(chain, kept, _index(stored["target"], members), below, present, steps)
+    return GroupRecord(chain, line, count, own, _index(stored["target"], own), present, steps)
 
 
 def _list(value: Any) -> list[Any]:

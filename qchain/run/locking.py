@@ -26,7 +26,7 @@ __all__ = ["ChainLocks", "sole"]
 class ChainLocks:
     """A reader's locks on every layer: nobody else may open one for writing.
 
-    Those that are `merged`, and the active one, nobody else may even read: qemu-img
+    Those that are `merged`, the active ones among them, nobody else may even read: qemu-img
     could not write to them, and who reads one would see its content change.
 
     Raises `Refused` on entry when an image is in use, by whom if that can be known;
@@ -34,8 +34,8 @@ class ChainLocks:
     """
 
     def __init__(self, layers: Sequence[Layer], merged: Sequence[Layer] = ()) -> None:
-        self.layers = layers
-        self._alone = [*layers[:1], *merged]
+        self.layers = list(layers)
+        self._alone = list(merged)
 
     def __enter__(self) -> ChainLocks:
         try:

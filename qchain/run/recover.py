@@ -124,9 +124,10 @@ def _one(path: Path, way: _Way) -> Recovered | None:
     """Recover one merge; None when another process has just finished it."""
     while os.path.lexists(path):
         journal = read_journal(path)
-        members = {known.path for group in journal.groups for known in group.members}
+        alone = {known.path for group in journal.groups for known in group.members}
+        alone |= {journal.chain[index].path for index in journal.actives}
         with open_files(journal) as files:
-            mine = [file for name, file in files.items() if name in members | {journal.active}]
+            mine = [file for name, file in files.items() if name in alone]
             with sole(files.values(), mine):
                 # Only now nobody else is at it; it may have gone on since it was read.
                 if not path.exists():
@@ -148,7 +149,8 @@ def _recovered(journal: Journal, way: _Way) -> Recovered:
             journal.group, journal.step, journal.altered = number, 0, False
         with open_files(journal) as files:
             layers = layers_of(journal, files)
-            merged = [layers[known.id] for known in record.members if known.id in layers]
+            alone = [*record.members, *(journal.chain[index] for index in journal.actives)]
+            merged = [layers[known.id] for known in alone if known.id in layers]
             with ChainLocks(list(layers.values()), merged) as locks:
                 _still(layers)
                 if way.back:
@@ -260,7 +262,7 @@ def _all_there(record: GroupRecord, layers: dict[FileId, Layer]) -> bool:
     with HostFile(known.path) as file:
         target = open_layer(known.path, file, known.format, Gate(), known.path)
         upper = [layers[each.id] for each in record.layers[: record.target]]
-        lower = [] if record.below is None else record.layers[record.below :]
+        lower = record.layers[record.count :]
         below = [layers[each.id] for each in lower]
         if target.size != upper[0].size:
             return False

@@ -49,7 +49,7 @@ def take_snapshot(
     new = Path(os.path.abspath(new))
     _require_fit(chain, path, new, keep_active_name)
     files = [layer.file for layer in chain.layers]
-    with sole(files, files[:1]), ChainLocks(chain.layers) as locks:
+    with sole(files, files[:1]), ChainLocks(chain.layers, chain.layers[:1]) as locks:
         below = new if keep_active_name else path
         overlay = path if keep_active_name else new
         name = below.name if below.parent == overlay.parent else str(below)
