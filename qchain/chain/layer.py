@@ -78,12 +78,14 @@ class Masks:
     """Allocation of consecutive cells of `unit` bytes.
 
     `allocated`: shape (n,), zero clusters included (a hole of a raw image is not
-    allocated). `zero`: shape (n,), or None where no cell is a zero cluster.
+    allocated). `zero`: shape (n,), or None where no cell is a zero cluster. `packed`:
+    whether any cell may be compressed (told along with `zero` only).
     """
 
     unit: int
     allocated: npt.NDArray[np.bool_]
     zero: npt.NDArray[np.bool_] | None
+    packed: bool = True
 
 
 class Layer(Protocol):
@@ -249,6 +251,7 @@ class Qcow2Layer:
         if raw is None:
             return None
         zero = None
+        packed = True
         if self.extended:
             allocated = allocated_extended(raw)
             if zeroes:
@@ -257,9 +260,10 @@ class Qcow2Layer:
             external = self.data_file is not None
             allocated = allocated_standard(raw, data_file=external, overwrite=True)
             if zeroes:
-                zero = zero_standard(raw)
+                zero, packed = zero_standard(raw)
         skip = (start - (first << self.cluster_bits)) // self.granularity
-        return Masks(self.granularity, allocated[skip:], None if zero is None else zero[skip:])
+        zero = None if zero is None else zero[skip:]
+        return Masks(self.granularity, allocated[skip:], zero, packed)
 
 
 class RawLayer:
@@ -321,4 +325,4 @@ class RawLayer:
         allocated = np.zeros((end - start) // unit, bool)
         for low, high in found:
             allocated[(low - start) // unit : (high - start) // unit] = True
-        return Masks(unit, allocated, None)
+        return Masks(unit, allocated, None, packed=False)

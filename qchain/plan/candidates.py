@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 from qchain.chain.chain_tree import ChainTree
 from qchain.chain.layer import Layer, Qcow2Layer
 from qchain.hostfile import mount_id
+from qchain.plan.clusters import ClusterCount
 from qchain.plan.copying import copied_bytes, new_file_bytes
-from qchain.plan.growth import growth
+from qchain.plan.growth import Growth, growth_of
 from qchain.plan.model import DEFAULT, TimeModel
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
+from qchain.plan.space import device_shortage, freed_by, highest, taken_by
 from qchain.plan.traffic import Traffic, count_traffic
 from qchain.qcow2.header_limits import MAX_L1_BYTES
 
@@ -24,6 +26,8 @@ class Candidate:
     """One way of merging a group. All sizes in bytes, an upper bound where contents repeat.
 
     `target`: layer index, None for a copy. `net` traffic: what the reason quotes.
+    `target_growth_bytes`: by how much the target's file becomes longer (raw: takes more
+    space), `growth` tells it in detail. `peak_extra_bytes`: of the filesystem that needs most.
     """
 
     strategy: str
@@ -38,6 +42,7 @@ class Candidate:
     freed_bytes: int = 0
     seconds: float = 0.0
     traffic: Traffic = field(default_factory=Traffic)
+    growth: Growth | None = None
 
     @property
     def feasible(self) -> bool:
@@ -136,13 +141,12 @@ def _figures(
     group: Group,
     position: int,
     traffic: Traffic,
+    grown: Growth,
     model: TimeModel,
 ) -> Candidate:
     target = group.members[position]
-    layer = layers[target]
     reads = traffic.commit_bytes + traffic.pull_read_bytes
     written = traffic.commit_bytes + traffic.pull_bytes
-    grown = growth(layer, traffic.new_clusters + traffic.new_tables, layers[group.kept].size)
     pulls = position < group.count - 1
     requests = -(-traffic.commit_bytes // (1 << 20)) + traffic.extents
     seconds = model.seconds(
@@ -161,11 +165,12 @@ def _figures(
         reads,
         written,
         traffic.extents,
-        grown,
-        grown,
+        grown.file,
+        highest(taken_by(layers, group, target, grown)),
         0,
         round(seconds, 3),
         traffic,
+        grown,
     )
 
 
@@ -178,10 +183,15 @@ def figures_of(
     """What every target of the group would cost, the kept image first, possible or not."""
     members = [layers[index] for index in group.members]
     under = [layers[index] for index in group.under]
-    counted = count_traffic(members, range(len(members)), under, progress)
+    below = [*(layers[index].size for index in group.line[1:]), 0]
+    clusters = [
+        ClusterCount(layer, members[0].size, size)
+        for layer, size in zip(members, below, strict=False)
+    ]
+    counted = count_traffic(members, range(len(members)), under, progress, clusters)
     return [
-        _figures(layers, group, position, traffic, model)
-        for position, traffic in enumerate(counted)
+        _figures(layers, group, position, traffic, growth_of(members[position], count), model)
+        for position, (traffic, count) in enumerate(zip(counted, clusters, strict=True))
     ]
 
 
@@ -195,14 +205,12 @@ def candidates_of(
     """
     out = []
     for found in figures:
-        assert found.target is not None
-        out.append(
-            replace(
-                found,
-                reason=obstacle(tree, group, found.target, options),
-                freed_bytes=_freed(tree.layers, group, found.target, options),
-            )
-        )
+        target, growth = found.target, found.growth
+        assert target is not None and growth is not None
+        reason = obstacle(tree, group, target, options)
+        reason = reason or device_shortage(tree.layers[target], growth)
+        freed = 0 if options.keep_files else freed_by(tree.layers, group, target)
+        out.append(replace(found, reason=reason, freed_bytes=freed))
     out.append(_copy(tree, group, figures[0], options))
     return out
 
@@ -245,7 +253,7 @@ def _copy(
         traffic.extents,
         room,
         room,
-        _freed(tree.layers, group, None, options),
+        0 if options.keep_files else freed_by(tree.layers, group, None),
         round(seconds, 3),
         traffic,
     )
@@ -273,12 +281,6 @@ def _no_copy(tree: ChainTree, group: Group, options: MergeOptions) -> str | None
             "--allow-format-change"
         )
     return None
-
-
-def _freed(layers: Sequence[Layer], group: Group, target: int | None, options: MergeOptions) -> int:
-    if options.keep_files:
-        return 0
-    return sum(layers[index].file.disk_size for index in group.owned if index != target)
 
 
 def rank(candidate: Candidate, prefer: str) -> tuple[float, float, float]:

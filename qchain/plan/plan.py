@@ -11,7 +11,8 @@ from pathlib import Path
 from qchain.chain.chain import Chain
 from qchain.chain.chain_tree import ChainTree, tree_of
 from qchain.chain.layer import Layer
-from qchain.plan.choice import GroupPlan, choices, impossible
+from qchain.plan.candidates import Candidate
+from qchain.plan.choice import GroupPlan, choices, impossible, space_of
 from qchain.plan.model import DEFAULT, TimeModel
 from qchain.plan.naming import naming_refusals
 from qchain.plan.options import MergeOptions
@@ -26,6 +27,7 @@ from qchain.plan.refusals import (
 from qchain.plan.selection import Group, Request, groups_of, select
 from qchain.plan.sequence import Above, sequence
 from qchain.plan.sequence_copy import copy_sequence
+from qchain.plan.space import Change, peaks
 from qchain.plan.steps import Adopt, Step, as_json
 
 __all__ = ["GroupPlan", "Plan", "make_plan"]
@@ -88,6 +90,7 @@ class Plan:
                     "write_bytes": candidate.write_bytes,
                     "extents": candidate.extents,
                     "target_growth_bytes": candidate.target_growth_bytes,
+                    **_clusters_json(candidate),
                     "peak_extra_bytes": candidate.peak_extra_bytes,
                     "freed_bytes": candidate.freed_bytes,
                     "seconds": candidate.seconds,
@@ -96,6 +99,14 @@ class Plan:
                 for candidate in plan.candidates
             ],
         }
+
+
+def _clusters_json(candidate: Candidate) -> dict[str, object]:
+    """How many more clusters the target uses; "exact": not only at most."""
+    growth = candidate.growth
+    if growth is None:
+        return {"target_clusters_added": 0, "target_growth_exact": True}
+    return {"target_clusters_added": growth.clusters, "target_growth_exact": growth.exact}
 
 
 def make_plan(
@@ -156,16 +167,17 @@ def _refusals(tree: ChainTree, plans: Sequence[GroupPlan], options: MergeOptions
     layers = tree.layers
     out = [line for plan in plans for line in file_refusals(layers, plan.group)]
     out += overlay_refusals(layers, [plan.group for plan in plans], options)
-    needs: list[tuple[Path, int]] = []
+    changes: list[Change] = []
     for plan in plans:
         chosen = plan.chosen
         if chosen is None:
             out.append(impossible(layers, plan, options))
         else:
+            changes += space_of(layers, plan, options)
             target = plan.group.kept if chosen.target is None else chosen.target
-            needs.append((layers[target].path.parent, chosen.peak_extra_bytes))
             out += above_refusals(tree, plan.group, target, options)
-    return out + space_refusals(needs)
+    directories = (layers[index].path.parent for plan in plans for index in plan.group.members)
+    return out + space_refusals(peaks(changes), directories)
 
 
 def _relative(layers: Sequence[Layer], group: Group) -> bool:
