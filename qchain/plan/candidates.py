@@ -12,6 +12,8 @@ from qchain.plan.model import DEFAULT, TimeModel
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
 from qchain.plan.traffic import Traffic, count_traffic
+from qchain.plan.versions import DEFAULT as DEFAULT_BEHAVIOUR
+from qchain.plan.versions import Behaviour
 from qchain.qcow2.header_limits import MAX_L1_BYTES
 
 __all__ = ["Candidate", "candidates_of", "choose"]
@@ -19,8 +21,10 @@ __all__ = ["Candidate", "candidates_of", "choose"]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way of merging a group. All sizes in bytes, an upper bound where contents repeat.
+    """One way of merging a group. All sizes in bytes.
 
+    `exact`: whether `read_bytes` and `write_bytes` are what qemu-img will request; if not they
+    are that where contents do not repeat, and otherwise an upper bound.
     `target`: layer index, None for a copy. `net` traffic: what the reason quotes.
     """
 
@@ -36,6 +40,7 @@ class Candidate:
     freed_bytes: int = 0
     seconds: float = 0.0
     traffic: Traffic = field(default_factory=Traffic)
+    exact: bool = False
 
     @property
     def feasible(self) -> bool:
@@ -127,6 +132,7 @@ def _figures(
     traffic: Traffic,
     model: TimeModel,
     keep_files: bool,
+    exact: bool,
 ) -> Candidate:
     target = group.members[position]
     layer = layers[target]
@@ -159,6 +165,8 @@ def _figures(
         freed,
         round(seconds, 3),
         traffic,
+        # Only a pull compares.
+        exact or not traffic.pull_bytes,
     )
 
 
@@ -168,8 +176,12 @@ def candidates_of(
     options: MergeOptions,
     model: TimeModel = DEFAULT,
     progress: Callable[[int, int], None] | None = None,
+    behaviour: Behaviour = DEFAULT_BEHAVIOUR,
 ) -> list[Candidate]:
-    """Every target of the group, from the kept image down, and the copy."""
+    """Every target of the group, from the kept image down, and the copy.
+
+    Raises: `ImageError` when the contents cannot be read (`options.exact`).
+    """
     members = [layers[index] for index in group.members]
     reasons = [obstacle(layers, group, target, options) for target in group.members]
     figures = count_traffic(
@@ -177,10 +189,12 @@ def candidates_of(
         range(len(members)),
         () if group.below is None else layers[group.below :],
         progress,
+        exact=options.exact,
+        behaviour=behaviour,
     )
     out = []
     for position, (traffic, reason) in enumerate(zip(figures, reasons, strict=True)):
-        found = _figures(layers, group, position, traffic, model, options.keep_files)
+        found = _figures(layers, group, position, traffic, model, options.keep_files, options.exact)
         if reason is not None:
             names = (name for name in Candidate.__slots__ if name != "reason")
             found = Candidate(reason=reason, **{name: getattr(found, name) for name in names})

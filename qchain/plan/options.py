@@ -49,7 +49,6 @@ class MergeOptions:
             ("--strategy copy", self.strategy == "copy"),
             ("--engine native", self.engine == "native"),
             ("--verify manifest", self.verify == "manifest"),
-            ("--exact", self.exact),
         ):
             if wanted:
                 raise Refused(what, "not in this version yet", "leave it out")

@@ -24,6 +24,7 @@ from qchain.plan.refusals import (
 from qchain.plan.selection import Group, Request, groups_of, select
 from qchain.plan.sequence import Above, sequence
 from qchain.plan.steps import Step, as_json
+from qchain.plan.versions import Version, behaviour_of
 
 __all__ = ["GroupPlan", "Plan", "make_plan"]
 
@@ -92,6 +93,7 @@ class Plan:
                     "peak_extra_bytes": candidate.peak_extra_bytes,
                     "freed_bytes": candidate.freed_bytes,
                     "seconds": candidate.seconds,
+                    "exact": candidate.exact,
                 }
                 for candidate in plan.candidates
             ],
@@ -133,11 +135,16 @@ def make_plan(
     options: MergeOptions | None = None,
     model: TimeModel = DEFAULT,
     progress: Callable[[int, int], None] | None = None,
+    version: Version | None = None,
 ) -> Plan:
     """Plan the merge that drops the requested points of `chain`.
 
-    Raises: `UsageError` for a request that makes no sense. What speaks against the
-        merge is in `refusals`; with any refusal there are no steps.
+    Args:
+        version: of the qemu-img that will do the work; what is not known is taken for 7.2.
+
+    Raises: `UsageError` for a request that makes no sense, with `options.exact` also
+        `ImageError` when contents cannot be read. What speaks against the merge is in
+        `refusals`; with any refusal there are no steps.
     """
     options = options or MergeOptions()
     layers = chain.layers
@@ -149,7 +156,7 @@ def make_plan(
     found: list[tuple[Group, list[Candidate], Candidate | None]] = []
     needs: list[tuple[Path, int]] = []
     for group in groups:
-        candidates = candidates_of(layers, group, options, model, progress)
+        candidates = candidates_of(layers, group, options, model, progress, behaviour_of(version))
         chosen = choose(candidates, options.prefer)
         if chosen is None:
             refusals.append(_impossible(layers, group, candidates, options))

@@ -2,7 +2,9 @@
 
 qemu's mirror asks the block status at the start of each dirty piece. It writes zeroes only
 where one extent without data covers whole pieces and whole clusters of the target
-(`mirror_iteration`, `bdrv_round_to_clusters`); else it copies:
+(`mirror_iteration`, `bdrv_round_to_clusters`); else it copies. An extent ends with the L2 table
+of any layer that is asked for it (`qchain.plan.pieces`).
+
 
 piece    |---0---|---1---|---2---|-3-|
 status   z z z z z z|d d|z z|y y  z z      z, y: zero, but in two layers; d: data
@@ -11,14 +13,16 @@ written  zeroes  copied  copied  copied    (3: the disk ends within it)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from qchain.chain.layer import Layer
-from qchain.chain.resolve import resolve
+from qchain.chain.layer import Cells, Layer, Qcow2Layer
+from qchain.chain.resolve import ALIGNMENT, resolve
+from qchain.plan.pieces import table_span
 from qchain.qcow2.entries import NO_HOST, Kind
 
 __all__ = ["View", "view_of"]
@@ -94,13 +98,42 @@ def view_of(chain: Sequence[Layer], start: int, end: int) -> View:
     `start`: aligned as a window of all layers of `chain` is.
     """
     size = chain[0].size
-    depth, cells = resolve(chain, start, min(end, size))
+    end = min(end, size)
+    depth, cells = resolve(chain, start, end)
+    # Windows are cut at ends of layers, so those that are shorter are not asked in this one.
+    asked = [(index, layer) for index, layer in enumerate(chain) if layer.size > start]
+    short = [(index, layer) for index, layer in asked if table_span(layer) < ALIGNMENT]
+    unit = math.gcd(cells.unit, *(table_span(layer) for _, layer in short))
+    depth, cells = np.repeat(depth, cells.unit // unit), cells.refine(unit)
     zero = (cells.kind != Kind.DATA) & (cells.kind != Kind.COMPRESSED)
     zero &= cells.kind != Kind.INVALID
-    follows = np.where(
-        cells.host[:-1] == NO_HOST, cells.host[:-1], cells.host[:-1] + np.uint64(cells.unit)
-    )
     breaks = (depth[1:] != depth[:-1]) | (cells.kind[1:] != cells.kind[:-1])
-    breaks |= cells.host[1:] != follows
+    breaks |= _jumps(cells)
+    # One answer reaches no further than those of the layers above the one that decides.
+    for index, layer in short:
+        span = table_span(layer)
+        at = np.arange(-start % span, min(end, layer.size) - start, span) // unit
+        at = at[at > 0]
+        breaks[at - 1] |= depth[at] >= index
+    for index, layer in asked:
+        if isinstance(layer, Qcow2Layer) and layer.extended:
+            breaks |= (depth[1:] > index) & _gaps(layer, start, end, unit, len(breaks))
     extent = np.concatenate((np.zeros(1, np.int64), np.cumsum(breaks, dtype=np.int64)))
-    return View(start, size, cells.unit, zero, extent)
+    return View(start, size, unit, zero, extent)
+
+
+def _jumps(cells: Cells) -> Bools:
+    """Which cells, from the second on, do not follow the one before in the file."""
+    last = cells.host[:-1]
+    follows = np.where(last == NO_HOST, last, last + np.uint64(cells.unit))
+    return np.asarray(cells.host[1:] != follows)
+
+
+def _gaps(layer: Layer, start: int, end: int, unit: int, count: int) -> Bools:
+    """Where unallocated subclusters of clusters with data end: `_jumps` of `layer`."""
+    out = np.zeros(count, bool)
+    cells = layer.cells(start, min(end, layer.size))
+    if cells is not None and cells.unit >= unit:
+        jumps = _jumps(cells.refine(unit))[:count]
+        out[: len(jumps)] = jumps
+    return out
