@@ -123,13 +123,18 @@ def zeroed(
     any layer that is asked: those down to the one that decides.
     """
     out: set[int] = set()
+    # Of what is dirty without a gap 16 MiB are taken on at once.
+    begins: dict[int, int] = {}
+    for piece in sorted(dirty):
+        begins[piece] = begins.get(piece - 1, piece)
+    batches = {b * granularity for b in dirty if (b - begins[b]) * granularity % (16 << 20) == 0}
     for extent in qemu_map(kept):
         if extent["data"]:
             continue
         low, high = extent["start"], min(extent["start"] + extent["length"], size)
         asked = chain[: extent["depth"] + 1]
         cuts = {b * SECTOR for cells in asked for b in cells.breaks if low < b * SECTOR < high}
-        edges = sorted({low, high} | cuts)
+        edges = sorted({low, high} | cuts | {b for b in batches if low < b < high})
         for start, end in itertools.pairwise(edges):
             end = min(end, size // granularity * granularity)
             inside = range(-(-start // granularity), end // granularity)
@@ -328,6 +333,10 @@ EXAMPLES = {
         "[size=6M] 4M:- 1M:A",
         "[size=3M] 64k:- 64k:B 128k:0",
         "[cluster=512 size=6M] 1k:C",
+    ],
+    "a commit takes on 16M at once": [
+        "[cluster=2M size=60M]",
+        "[size=60M] 1M:- 64k:B 960k:A 40M:0 64k:A 1984k:- 4M:0",
     ],
     "small clusters under a large one": [
         "[size=1M] 1M:A",

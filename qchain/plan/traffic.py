@@ -51,6 +51,7 @@ _EXACT_CELLS = 1 << 15
 _EXACT_BYTES = 256 << 20
 """Of a window whose contents are compared, the most."""
 _MANY = 1 << 22
+_FAR = 1 << 30
 
 
 @dataclass(slots=True)
@@ -227,7 +228,7 @@ class _Window:
             dirty = copied = round_out(above.mask, self.unit, unit)
             out.commit_bytes = int(np.count_nonzero(dirty)) * self.unit
             if above.zero is not None:
-                copied, out.commit_bytes = self._copied(layer, dirty, unit)
+                copied, out.commit_bytes = self._copied(target, dirty, unit)
             out.commit_zero_bytes = int(np.count_nonzero(dirty)) * self.unit - out.commit_bytes
             out.extents += runs_in(dirty)
         if target + 1 < len(self.layers):
@@ -241,12 +242,29 @@ class _Window:
             tables.touch(touched, self.unit, self.start)
         return out
 
-    def _copied(self, target: Layer, dirty: Bools, piece: int) -> tuple[Bools, int]:
+    def _copied(self, target: int, dirty: Bools, piece: int) -> tuple[Bools, int]:
         """What a commit into `target` copies of what is dirty; the rest is written as zeroes."""
         if self.view is None:
             self.view = view_of([*self.layers, *self.under], self.start, self.end)
-        cluster = piece if target.header is None else target.header.cluster_size
-        return self.view.copied(dirty, self.unit, piece, cluster)
+        header = self.layers[target].header
+        cluster = piece if header is None else header.cluster_size
+        origin = self._origin(target, piece) if cluster > piece and dirty[0] else self.start
+        return self.view.copied(dirty, self.unit, piece, cluster, origin)
+
+    def _origin(self, target: int, piece: int) -> int:
+        """Where the run of dirty pieces began that reaches into the window, if not too far away."""
+        position = self.start
+        while max(0, self.start - _FAR) < position:
+            low = max(0, position - REACH)
+            window = _Window(self.layers[:target], (), low, position)
+            masks = [cells.mask for cells in window.cells if cells.mask is not None]
+            if not masks:
+                break
+            dirty = round_out(np.logical_or.reduce(masks), window.unit, piece)
+            if not dirty.all():
+                return position - int(np.argmin(dirty[::-1])) * window.unit
+            position = low
+        return position
 
     def _pull(
         self, target: int, left: Bools, moved: Bools | None, below: Shown, out: Traffic

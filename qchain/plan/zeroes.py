@@ -3,8 +3,7 @@
 qemu's mirror asks the block status at the start of each dirty piece. It writes zeroes only
 where one extent without data covers whole pieces and whole clusters of the target
 (`mirror_iteration`, `bdrv_round_to_clusters`); else it copies. An extent ends with the L2 table
-of any layer that is asked for it (`qchain.plan.pieces`).
-
+of any layer that is asked for it (`qchain.plan.pieces`), and 16 MiB after the dirty run began.
 
 piece    |---0---|---1---|---2---|-3-|
 status   z z z z z z|d d|z z|y y  z z      z, y: zero, but in two layers; d: data
@@ -29,6 +28,9 @@ __all__ = ["View", "view_of"]
 
 Bools = npt.NDArray[np.bool_]
 
+_BATCH = 16 << 20
+"""Bytes that mirror takes on in one go: 16 requests of 1 MiB."""
+
 
 @dataclass(frozen=True, slots=True)
 class View:
@@ -43,13 +45,16 @@ class View:
     zero: Bools
     extent: npt.NDArray[np.int64]
 
-    def copied(self, dirty: Bools, unit: int, piece: int, cluster: int) -> tuple[Bools, int]:
+    def copied(
+        self, dirty: Bools, unit: int, piece: int, cluster: int, origin: int
+    ) -> tuple[Bools, int]:
         """What of the dirty pieces is copied as data.
 
         Args:
             dirty: shape (m,), cells of `unit` bytes, whole pieces.
             piece: bytes of a piece, the commit's granularity.
             cluster: cluster size of the target (of a raw one: `piece`).
+            origin: guest byte where the run of dirty pieces began that reaches into the window.
 
         Returns: the cells in which anything is copied, shape (m,); how many bytes are.
         """
@@ -58,7 +63,7 @@ class View:
         each = max(1, unit // step)
         # Whole pieces are dirty: their first cells tell.
         wanted: Bools = dirty[:: step // unit] if unit < step else np.repeat(dirty, each)
-        zeroed = self._zeroed(wanted, step, cluster)
+        zeroed = self._zeroed(wanted, step, cluster, origin)
         left = wanted & ~zeroed
         count = int(np.count_nonzero(left))
         beyond = self.start + len(wanted) * step - self.size
@@ -68,7 +73,7 @@ class View:
         out: Bools = np.any(left.reshape(-1, each), axis=1)
         return out, amount
 
-    def _zeroed(self, wanted: Bools, step: int, cluster: int) -> Bools:
+    def _zeroed(self, wanted: Bools, step: int, cluster: int, origin: int) -> Bools:
         """Which of `wanted`, steps of `step` bytes, are written as zeroes."""
         offsets = np.arange(len(wanted), dtype=np.int64) * step
         # The cells in which a step begins and ends; one that the disk cuts has no end.
@@ -81,6 +86,12 @@ class View:
         if cluster > step and zeroed.any():
             # One request per extent: as a whole it covers whole clusters, or it is copied.
             joins = zeroed[1:] & zeroed[:-1] & (self.extent[first[1:]] == self.extent[last[:-1]])
+            # Of each run of dirty pieces so much at once.
+            begins = wanted & ~np.concatenate(([False], wanted[:-1]))
+            began = np.where(begins, offsets, origin - self.start)
+            began[0] = origin - self.start
+            began = np.maximum.accumulate(began)
+            joins &= (offsets[1:] - began[1:]) % _BATCH != 0
             starts = np.flatnonzero(zeroed & ~np.concatenate(([False], joins)))
             ends = np.flatnonzero(zeroed & ~np.concatenate((joins, [False]))) + 1
             # A window starts at a multiple of every cluster size.
