@@ -338,6 +338,11 @@ EXAMPLES = {
         "[cluster=2M size=60M]",
         "[size=60M] 1M:- 64k:B 960k:A 40M:0 64k:A 1984k:- 4M:0",
     ],
+    "zeroes end within a cluster, in another window": [
+        "[cluster=1M size=31521k]",
+        "384k:0 22M:+ 640k:0 4M:- 3873k:0",
+    ],
+    "an L2 table ends within zeroes": ["[cluster=1M size=8M]", "[cluster=4k size=8M] 512k:- 5M:0"],
     "small clusters under a large one": [
         "[size=1M] 1M:A",
         "[cluster=4k] 8k:- 4k:B 12k:- 8k:C | 20k:- 4k:A",

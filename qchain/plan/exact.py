@@ -16,17 +16,17 @@ from qchain.chain.layer import Layer
 from qchain.chain.resolve import ALIGNMENT
 from qchain.plan.cells import Bools
 from qchain.plan.pieces import piece_starts, table_span
-from qchain.plan.rebase import Ranges, cover, ranges_of, walk
 from qchain.plan.versions import Behaviour
+from qchain.plan.walk import Ranges, cover, ranges_of, walk
 from qchain.verify.compare import differing
 from qchain.verify.pairing import pairs_in
 
-__all__ = ["REACH", "Pull", "Pulled", "Window", "differences", "looked_at"]
+__all__ = ["LONG", "REACH", "Pull", "Pulled", "Window", "differences", "looked_at"]
 
 REACH = 64 << 20
 """How far back the beginning of a piece is looked for, in bytes."""
 _BACK = 4 << 20
-_LONG = 1 << 32
+LONG = 1 << 32
 """A longer window is one where little is allocated: its cells must not become small."""
 
 
@@ -137,7 +137,7 @@ def looked_at(
     start, end = span
     # A piece that began before: where, decides at which steps of 2 MiB it is cut.
     for back in (_BACK, REACH):
-        low = max(0, start - back) if end - start <= _LONG else start
+        low = max(0, start - back) if end - start <= LONG else start
         window = window_from(low)
         regions = window.regions(targets)
         moved = {target: each for target, (_, each) in regions.items() if each is not None}

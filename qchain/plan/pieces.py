@@ -18,10 +18,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from qchain.chain.layer import Layer, Qcow2Layer
+from qchain.chain.layer import Layer, Masks, Qcow2Layer
 from qchain.qcow2.entries import NO_HOST, Kind
 
-__all__ = ["piece_starts", "table_span"]
+__all__ = ["finest_below", "piece_starts", "table_span"]
 
 Bools = npt.NDArray[np.bool_]
 
@@ -86,3 +86,24 @@ def _tables(layer: Layer, unit: int, start: int, count: int) -> Bools:
     if first < last:
         out[np.arange(first, last, span) // unit] = True
     return out
+
+
+def finest_below(
+    layers: Sequence[Layer], found: Sequence[Masks | None], start: int, end: int, reach: int
+) -> list[int]:
+    """Per layer, bytes of the finest unit of the pieces below it, in the window [start, end).
+
+    `found`: what each layer allocates there. `reach`: how far behind the end of a layer the
+    pieces are still cut out of step.
+    """
+    out: list[int] = []
+    finest = end - start
+    for layer, masks in zip(reversed(layers), reversed(found), strict=True):
+        out.append(finest)
+        if start < layer.size:
+            finest = min(finest, table_span(layer))
+        if start - reach < layer.size < end:
+            finest = min(finest, layer.size & -layer.size)
+        if masks is not None:
+            finest = min(finest, masks.unit)
+    return out[::-1]

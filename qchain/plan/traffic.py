@@ -6,7 +6,7 @@ For a group F(i)..F(j) (j kept) and a target t, per cell in the finest unit:
     pull into t      (A(i) ∪ … ∪ A(t-1)) \\ (A(t) ∪ what the commit wrote)
 
 All targets are counted in one pass over the maps. What a pull does where the target's clusters
-are larger than what is pulled depends on the contents (`qchain.plan.rebase`): a second pass
+are larger than what is pulled depends on the contents (`qchain.plan.walk`): a second pass
 looks at them there if they are few, and everywhere if it is asked to.
 `tests/test_plan_traced.py` holds the figures against what qemu-img requests.
 """
@@ -23,7 +23,7 @@ from qchain.chain.layer import Layer, Masks, Qcow2Layer
 from qchain.chain.ownership import unify
 from qchain.chain.parallel import thread_pool
 from qchain.chain.reader import require_content
-from qchain.chain.resolve import mask_windows, windows
+from qchain.chain.resolve import ALIGNMENT, mask_windows, windows
 from qchain.errors import ImageError
 from qchain.plan.cells import (
     NOTHING,
@@ -36,12 +36,12 @@ from qchain.plan.cells import (
     runs_in,
     union,
 )
-from qchain.plan.exact import REACH, Pulled, looked_at
-from qchain.plan.pieces import table_span
-from qchain.plan.rebase import STEP, Ranges
+from qchain.plan.exact import LONG, REACH, Pulled, looked_at
+from qchain.plan.newtables import NewTables
+from qchain.plan.pieces import finest_below
 from qchain.plan.versions import DEFAULT, Behaviour
-from qchain.plan.zeroes import View, view_of
-from qchain.qcow2.header_limits import MAX_L1_BYTES
+from qchain.plan.walk import STEP, Ranges
+from qchain.plan.zeroes import BATCH, View, view_of
 
 __all__ = ["Traffic", "commit_granularity", "count_traffic"]
 
@@ -114,11 +114,12 @@ class _Window:
         self.view: View | None = None
         self.closely: Mapping[int, Pulled] = {}
         self._shown_under: _Window | None = None
+        self._around: tuple[_Window, Iterator[tuple[int, Shown, Shown, Shown]]] | None = None
         found: list[Masks | None] = []
         for layer in layers:
             limit = min(layer.size, end)
             found.append(layer.masks(start, limit, zeroes=True) if limit > start else None)
-        self.finest = _finest(layers, found, start, end)
+        self.finest = finest_below(layers, found, start, end, REACH)
         self.unit, wide = unify(layers, found, start, end)
         parts = self.unit // min(self.unit, most)
         if (end - start) // (self.unit // parts) > _MANY:
@@ -156,7 +157,7 @@ class _Window:
     def empty(self) -> bool:
         return all(mask is None for mask in self.allocated)
 
-    def traffic(self, targets: Sequence[int], tables: Sequence[_Tables]) -> list[Traffic]:
+    def traffic(self, targets: Sequence[int], tables: Sequence[NewTables]) -> list[Traffic]:
         """Counts for each target (a layer index; 0 is the kept image).
 
         The L2 tables that are written to are noted in `tables`.
@@ -217,7 +218,9 @@ class _Window:
             mask[grown:last] = bool(grown) and grown < last and mask[grown - 1]
         return mask
 
-    def _one(self, target: int, above: Shown, own: Shown, below: Shown, tables: _Tables) -> Traffic:
+    def _one(
+        self, target: int, above: Shown, own: Shown, below: Shown, tables: NewTables
+    ) -> Traffic:
         """One target: what is above it, its own, and what is below it."""
         out = Traffic()
         layer = self.layers[target]
@@ -244,12 +247,32 @@ class _Window:
 
     def _copied(self, target: int, dirty: Bools, piece: int) -> tuple[Bools, int]:
         """What a commit into `target` copies of what is dirty; the rest is written as zeroes."""
-        if self.view is None:
-            self.view = view_of([*self.layers, *self.under], self.start, self.end)
         header = self.layers[target].header
         cluster = piece if header is None else header.cluster_size
-        origin = self._origin(target, piece) if cluster > piece and dirty[0] else self.start
-        return self.view.copied(dirty, self.unit, piece, cluster, origin)
+        span = self.start, self.start + self.count * self.unit
+        if cluster <= piece or self.end - self.start > LONG:
+            return self._seen().copied(dirty, self.unit, piece, cluster, self.start, span)
+        # Whether zeroes are copied depends on where their extent begins and ends, out there.
+        if self._around is None:
+            low, high = max(0, self.start - BATCH), self.end + BATCH
+            around = _Window(self.layers, self.under, low, high, most=ALIGNMENT)
+            self._around = around, around.sides()
+        around, sides = self._around
+        mask = next(above.mask for number, above, _, _ in sides if number == target)
+        assert mask is not None
+        dirty = round_out(mask, around.unit, piece)
+        origin = around._origin(target, piece) if dirty[0] else around.start
+        copied, amount = around._seen().copied(dirty, around.unit, piece, cluster, origin, span)
+        copied = copied[(self.start - around.start) // around.unit :]
+        if around.unit > self.unit:
+            copied = np.repeat(copied, around.unit // self.unit)
+        return any_of(copied, around.unit, self.unit)[: self.count], amount
+
+    def _seen(self) -> View:
+        """The view of the kept point."""
+        if self.view is None:
+            self.view = view_of([*self.layers, *self.under], self.start, self.end)
+        return self.view
 
     def _origin(self, target: int, piece: int) -> int:
         """Where the run of dirty pieces began that reaches into the window, if not too far away."""
@@ -384,65 +407,6 @@ class _Window:
         return int(np.count_nonzero(touched)) * pieces
 
 
-class _Tables:
-    """Which L2 tables of a target come to be used.
-
-    Held for the whole target, as its L1 is: one table may span many windows.
-    """
-
-    def __init__(self, layer: Layer, size: int) -> None:
-        self.span = 0
-        if isinstance(layer, Qcow2Layer):
-            self.span = layer.cluster_size * layer.tables.per_table
-            # No table is larger, whatever the kept image announces.
-            count = min(-(-size // self.span), MAX_L1_BYTES // 8)
-            self.touched = np.zeros(count, bool)
-            there = layer.tables.l1[: len(self.touched)] != 0
-            self.there = np.zeros(len(self.touched), bool)
-            self.there[: len(there)] = there
-
-    def touch(self, written: Bools, unit: int, start: int) -> None:
-        """Note what is written into a window: cells of `unit` bytes from guest byte `start`."""
-        if not self.span:
-            return
-        low, high = start // self.span, (start + len(written) * unit - 1) // self.span + 1
-        if high <= len(self.there) and self.there[low:high].all():
-            return  # the usual case, and the rest is slow
-        cells = np.flatnonzero(written)
-        if not len(cells):
-            return
-        first = (start + cells * unit) // self.span
-        first = first[first < len(self.touched)]
-        self.touched[first] = True
-        tables = unit // self.span
-        if tables > 1:
-            # The cells of a window where little is allocated may cover several tables, and
-            # then they are few.
-            for index in first.tolist():
-                self.touched[index : index + tables] = True
-
-    @property
-    def new(self) -> int:
-        return int(np.count_nonzero(self.touched & ~self.there)) if self.span else 0
-
-
-def _finest(
-    layers: Sequence[Layer], found: Sequence[Masks | None], start: int, end: int
-) -> list[int]:
-    """Per layer, bytes of the finest that may be cut by what lies below it in the window."""
-    out: list[int] = []
-    finest = end - start
-    for layer, masks in zip(reversed(layers), reversed(found), strict=True):
-        out.append(finest)
-        if start < layer.size:
-            finest = min(finest, table_span(layer))
-        if start - REACH < layer.size < end:
-            finest = min(finest, layer.size & -layer.size)
-        if masks is not None:
-            finest = min(finest, masks.unit)
-    return out[::-1]
-
-
 def count_traffic(
     layers: Sequence[Layer],
     targets: Sequence[int],
@@ -469,7 +433,7 @@ def count_traffic(
     cells = max(1, min(_EXACT_CELLS, _EXACT_BYTES // finest.granularity))
     spans = list(windows(order, 0, size, cells) if exact else mask_windows(order, 0, size))
     totals = [Traffic() for _ in targets]
-    tables = [_Tables(layers[target], layers[0].size) for target in targets]
+    tables = [NewTables(layers[target], layers[0].size) for target in targets]
     if exact:
         require_content([*layers, *under])
 

@@ -20,15 +20,15 @@ import numpy as np
 import numpy.typing as npt
 
 from qchain.chain.layer import Cells, Layer, Qcow2Layer
-from qchain.chain.resolve import ALIGNMENT, resolve
+from qchain.chain.resolve import resolve
 from qchain.plan.pieces import table_span
 from qchain.qcow2.entries import NO_HOST, Kind
 
-__all__ = ["View", "view_of"]
+__all__ = ["BATCH", "View", "view_of"]
 
 Bools = npt.NDArray[np.bool_]
 
-_BATCH = 16 << 20
+BATCH = 16 << 20
 """Bytes that mirror takes on in one go: 16 requests of 1 MiB."""
 
 
@@ -46,7 +46,7 @@ class View:
     extent: npt.NDArray[np.int64]
 
     def copied(
-        self, dirty: Bools, unit: int, piece: int, cluster: int, origin: int
+        self, dirty: Bools, unit: int, piece: int, cluster: int, origin: int, span: tuple[int, int]
     ) -> tuple[Bools, int]:
         """What of the dirty pieces is copied as data.
 
@@ -55,8 +55,9 @@ class View:
             piece: bytes of a piece, the commit's granularity.
             cluster: cluster size of the target (of a raw one: `piece`).
             origin: guest byte where the run of dirty pieces began that reaches into the window.
+            span: the guest bytes that are counted, whole cells.
 
-        Returns: the cells in which anything is copied, shape (m,); how many bytes are.
+        Returns: the cells in which anything is copied, shape (m,); how many bytes of `span` are.
         """
         # Many pieces at once where neither the group nor the view has smaller cells.
         step = max(piece, min(unit, self.unit & -self.unit))
@@ -65,9 +66,11 @@ class View:
         wanted: Bools = dirty[:: step // unit] if unit < step else np.repeat(dirty, each)
         zeroed = self._zeroed(wanted, step, cluster, origin)
         left = wanted & ~zeroed
-        count = int(np.count_nonzero(left))
+        first, last = (span[0] - self.start) // step, -((self.start - span[1]) // step)
+        amount = int(np.count_nonzero(left[first:last])) * step
         beyond = self.start + len(wanted) * step - self.size
-        amount = count * step - (beyond if beyond > 0 and count and left[-1] else 0)
+        if beyond > 0 and last >= len(left) > first and left[-1]:
+            amount -= beyond
         if unit < step:
             return np.repeat(left, step // unit)[: len(dirty)], amount
         out: Bools = np.any(left.reshape(-1, each), axis=1)
@@ -91,7 +94,7 @@ class View:
             began = np.where(begins, offsets, origin - self.start)
             began[0] = origin - self.start
             began = np.maximum.accumulate(began)
-            joins &= (offsets[1:] - began[1:]) % _BATCH != 0
+            joins &= (offsets[1:] - began[1:]) % BATCH != 0
             starts = np.flatnonzero(zeroed & ~np.concatenate(([False], joins)))
             ends = np.flatnonzero(zeroed & ~np.concatenate((joins, [False]))) + 1
             # A window starts at a multiple of every cluster size.
@@ -113,16 +116,19 @@ def view_of(chain: Sequence[Layer], start: int, end: int) -> View:
     depth, cells = resolve(chain, start, end)
     # Windows are cut at ends of layers, so those that are shorter are not asked in this one.
     asked = [(index, layer) for index, layer in enumerate(chain) if layer.size > start]
-    short = [(index, layer) for index, layer in asked if table_span(layer) < ALIGNMENT]
-    unit = math.gcd(cells.unit, *(table_span(layer) for _, layer in short))
+    cut = [
+        (index, layer, table_span(layer))
+        for index, layer in asked
+        if start + table_span(layer) - start % table_span(layer) < min(end, layer.size)
+    ]
+    unit = math.gcd(cells.unit, *(span for _, _, span in cut))
     depth, cells = np.repeat(depth, cells.unit // unit), cells.refine(unit)
     zero = (cells.kind != Kind.DATA) & (cells.kind != Kind.COMPRESSED)
     zero &= cells.kind != Kind.INVALID
     breaks = (depth[1:] != depth[:-1]) | (cells.kind[1:] != cells.kind[:-1])
     breaks |= _jumps(cells)
     # One answer reaches no further than those of the layers above the one that decides.
-    for index, layer in short:
-        span = table_span(layer)
+    for index, layer, span in cut:
         at = np.arange(-start % span, min(end, layer.size) - start, span) // unit
         at = at[at > 0]
         breaks[at - 1] |= depth[at] >= index
