@@ -173,7 +173,7 @@ def rebased(
             continue
         end = at + 1
         most = min(limit, at + 4096)
-        while end < most and end not in there and end % table_sectors(mine.spec):
+        while end < most and end not in there and end not in mine.breaks:
             end += 1
         found = new is None
         for layer in below if new is not None else ():
@@ -343,6 +343,11 @@ EXAMPLES = {
         "384k:0 22M:+ 640k:0 4M:- 3873k:0",
     ],
     "an L2 table ends within zeroes": ["[cluster=1M size=8M]", "[cluster=4k size=8M] 512k:- 5M:0"],
+    "subclusters of a cluster that has a place, and of one that has none": [
+        "[size=128k] 128k:A",
+        "[size=256k] 256k:C",
+        "[ext size=256k] 64k:d 4k:D 188k:-",
+    ],
     "small clusters under a large one": [
         "[size=1M] 1M:A",
         "[cluster=4k] 8k:- 4k:B 12k:- 8k:C | 20k:- 4k:A",

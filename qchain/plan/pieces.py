@@ -51,11 +51,6 @@ def piece_starts(
     begins = np.zeros(count, bool)
     for index in range(len(layers) - 1, -1, -1):
         layer = layers[index]
-        if index in left:
-            out[index] = begins | _tables(layer, unit, start, count)
-            left.remove(index)
-            if not left:
-                break
         kind = np.zeros(count, np.uint8)
         host = np.full(count, NO_HOST, np.uint64)
         cells = layer.cells(start, min(end, layer.size)) if start < layer.size else None
@@ -71,6 +66,13 @@ def piece_starts(
         )
         changes = (kind[1:] != kind[:-1]) | (host[1:] != follows)
         through = (kind[1:] == Kind.UNALLOCATED) & (kind[:-1] == Kind.UNALLOCATED)
+        if index in left:
+            # Its own clusters with and without a place in the file are told apart too.
+            out[index] = begins | _tables(layer, unit, start, count)
+            out[index][1:] |= changes & through
+            left.remove(index)
+            if not left:
+                break
         begins = begins.copy()
         begins[1:] = changes | (begins[1:] & through)
         begins |= _tables(layer, unit, start, count)
