@@ -178,7 +178,13 @@ class Carrying:
         list[Path] | None,
         typer.Option("--scan", metavar="DIR", help="Look here for other overlays (repeatable)."),
     ] = None
-    exact: Annotated[bool, typer.Option("--exact", help="Compare contents while planning.")] = False
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            help="Read and compare contents while planning: exact figures where they repeat, too.",
+        ),
+    ] = False
     keep_files: Annotated[bool, typer.Option("--keep-files", help="Delete nothing.")] = False
     verify: Annotated[
         str, typer.Option("--verify", metavar="MODE", help="moved, full or none.")

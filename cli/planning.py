@@ -117,8 +117,19 @@ def opened_and_planned(
         request, options = wanted(tree)
         with common.reporter() as reporter:
             reporter.step("planning", sum(tree.layers[index].size for index in tree.actives))
-            plan = make_plan(tree, request, options, progress=reporter.advance)
+            plan = make_plan(tree, request, options, progress=reporter.advance, version=_version())
         yield tree, plan
+
+
+def _version() -> tuple[int, int, int] | None:
+    """Of the qemu-img that would do the work; None where there is none: a plan needs it not."""
+    from qchain.errors import ImageError
+    from qchain.run.qemu_img import QemuImg
+
+    try:
+        return QemuImg().version()
+    except ImageError:
+        return None
 
 
 def program() -> str:

@@ -16,7 +16,7 @@ from merging import Disk, build
 LAYERS = ["512k:A 512k:-", "64k:- 256k:B 704k:-", "[cluster=4k] 4k:C 1020k:-", "128k:D 896k:-"]
 CANDIDATE = {
     *("strategy", "engine", "target", "feasible", "reason", "read_bytes", "write_bytes"),
-    *("extents", "target_growth_bytes", "peak_extra_bytes", "freed_bytes", "seconds"),
+    *("extents", "target_growth_bytes", "peak_extra_bytes", "freed_bytes", "seconds", "exact"),
 }
 DROP = ("--drop", "l1.qcow2", "--drop", "l2.qcow2")
 
@@ -56,6 +56,25 @@ def test_plan_for_a_person(disk: Disk) -> None:
     assert " ".join(chosen["why"].split()) in " ".join(result.out.split())
     starred = [line.split() for line in result.out.splitlines() if line.startswith("*")]
     assert [line[1:3] for line in starred] == [[chosen["chosen"], Path(chosen["target"]).name]]
+
+
+def test_exact_says_what_repeats(tmp_path: Path) -> None:
+    """64 of the 128 KiB of l1 are what the base has there: a pull passes over them."""
+    disk = build(tmp_path, ["1M:A", "64k:A 64k:B 896k:-", "1M:-"])
+    found = {}
+    for option in ((), ("--exact",)):
+        plan = run("plan", "--json", *option, "--drop", "l1.qcow2", disk.active).json
+        for each in plan["groups"][0]["candidates"]:
+            if each["target"] is not None:
+                found[bool(option), each["strategy"]] = (each["write_bytes"], each["exact"])
+    assert found == {
+        (False, "pull"): (128 << 10, False),
+        (True, "pull"): (64 << 10, True),
+        # A commit compares nothing.
+        (False, "commit"): (0, True),
+        (True, "commit"): (0, True),
+    }
+    untouched(disk)
 
 
 def test_saved_plan(disk: Disk, tmp_path: Path) -> None:
@@ -180,7 +199,6 @@ def test_on_a_terminal_each_refusal_is_shown_once(tmp_path: Path) -> None:
     [
         ("--flatten", "--engine", "native"),
         ("--flatten", "--verify", "manifest"),
-        ("--flatten", "--exact"),
     ],
 )
 def test_what_comes_later_is_refused_by_name(disk: Disk, arguments: tuple[str, ...]) -> None:

@@ -16,6 +16,8 @@ from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
 from qchain.plan.space import device_shortage, freed_by, highest, taken_by
 from qchain.plan.traffic import Traffic, count_traffic
+from qchain.plan.versions import DEFAULT as DEFAULT_BEHAVIOUR
+from qchain.plan.versions import Behaviour
 from qchain.qcow2.header_limits import MAX_L1_BYTES
 
 __all__ = ["Candidate", "candidates_of", "choose", "figures_of", "rank"]
@@ -23,8 +25,10 @@ __all__ = ["Candidate", "candidates_of", "choose", "figures_of", "rank"]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way of merging a group. All sizes in bytes, an upper bound where contents repeat.
+    """One way of merging a group. All sizes in bytes.
 
+    `exact`: whether `read_bytes` and `write_bytes` are what qemu-img will request; if not they
+    are that where contents do not repeat, and otherwise an upper bound.
     `target`: layer index, None for a copy. `net` traffic: what the reason quotes.
     `target_growth_bytes`: by how much the target's file becomes longer (raw: takes more
     space), `growth` tells it in detail. `peak_extra_bytes`: of the filesystem that needs most.
@@ -43,6 +47,7 @@ class Candidate:
     seconds: float = 0.0
     traffic: Traffic = field(default_factory=Traffic)
     growth: Growth | None = None
+    exact: bool = False
 
     @property
     def feasible(self) -> bool:
@@ -143,6 +148,7 @@ def _figures(
     traffic: Traffic,
     grown: Growth,
     model: TimeModel,
+    exact: bool,
 ) -> Candidate:
     target = group.members[position]
     reads = traffic.commit_bytes + traffic.pull_read_bytes
@@ -171,6 +177,8 @@ def _figures(
         round(seconds, 3),
         traffic,
         grown,
+        # Only a pull compares.
+        exact or not traffic.pull_bytes,
     )
 
 
@@ -179,8 +187,14 @@ def figures_of(
     group: Group,
     model: TimeModel = DEFAULT,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    exact: bool = False,
+    behaviour: Behaviour = DEFAULT_BEHAVIOUR,
 ) -> list[Candidate]:
-    """What every target of the group would cost, the kept image first, possible or not."""
+    """What every target of the group would cost, the kept image first, possible or not.
+
+    Raises: `ImageError` when the contents cannot be read (`exact`).
+    """
     members = [layers[index] for index in group.members]
     under = [layers[index] for index in group.under]
     below = [*(layers[index].size for index in group.line[1:]), 0]
@@ -188,9 +202,19 @@ def figures_of(
         ClusterCount(layer, members[0].size, size)
         for layer, size in zip(members, below, strict=False)
     ]
-    counted = count_traffic(members, range(len(members)), under, progress, clusters)
+    counted = count_traffic(
+        members,
+        range(len(members)),
+        under,
+        progress,
+        clusters,
+        exact=exact,
+        behaviour=behaviour,
+    )
     return [
-        _figures(layers, group, position, traffic, growth_of(members[position], count), model)
+        _figures(
+            layers, group, position, traffic, growth_of(members[position], count), model, exact
+        )
         for position, (traffic, count) in enumerate(zip(counted, clusters, strict=True))
     ]
 

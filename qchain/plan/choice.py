@@ -17,6 +17,7 @@ from qchain.plan.order import Job, least_peak_order
 from qchain.plan.selection import Group
 from qchain.plan.space import Change, changes_of, copy_changes, peaks
 from qchain.plan.steps import Step
+from qchain.plan.versions import Behaviour
 
 __all__ = ["GroupPlan", "choices", "impossible", "space_of"]
 
@@ -38,13 +39,17 @@ def choices(
     options: MergeOptions,
     model: TimeModel,
     progress: Callable[[int, int], None] | None,
+    behaviour: Behaviour,
 ) -> list[GroupPlan]:
     """The groups with their candidates and choices, in the order in which they are merged.
 
     Args:
         bare: as `groups_of` gives them.
     """
-    figures = [figures_of(tree.layers, group, model, progress) for group in bare]
+    figures = [
+        figures_of(tree.layers, group, model, progress, exact=options.exact, behaviour=behaviour)
+        for group in bare
+    ]
 
     def candidates(number: int, own: int) -> list[Candidate]:
         return candidates_of(tree, replace(bare[number], own=own), figures[number], options)

@@ -48,7 +48,6 @@ class MergeOptions:
         for what, wanted in (
             ("--engine native", self.engine == "native"),
             ("--verify manifest", self.verify == "manifest"),
-            ("--exact", self.exact),
         ):
             if wanted:
                 raise Refused(what, "not in this version yet", "leave it out")

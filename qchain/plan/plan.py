@@ -29,6 +29,7 @@ from qchain.plan.sequence import Above, sequence
 from qchain.plan.sequence_copy import copy_sequence
 from qchain.plan.space import Change, peaks
 from qchain.plan.steps import Adopt, Step, as_json
+from qchain.plan.versions import Version, behaviour_of
 
 __all__ = ["GroupPlan", "Plan", "make_plan"]
 
@@ -95,6 +96,7 @@ class Plan:
                     "freed_bytes": candidate.freed_bytes,
                     "seconds": candidate.seconds,
                     "risk": candidate.risk,
+                    "exact": candidate.exact,
                 }
                 for candidate in plan.candidates
             ],
@@ -115,11 +117,16 @@ def make_plan(
     options: MergeOptions | None = None,
     model: TimeModel = DEFAULT,
     progress: Callable[[int, int], None] | None = None,
+    version: Version | None = None,
 ) -> Plan:
     """Plan the merge that drops the requested points of `chain`.
 
-    Raises: `UsageError` for a request that makes no sense. What speaks against the
-        merge is in `refusals`; with any refusal there are no steps.
+    Args:
+        version: of the qemu-img that will do the work; what is not known is taken for 7.2.
+
+    Raises: `UsageError` for a request that makes no sense, with `options.exact` also
+        `ImageError` when contents cannot be read. What speaks against the merge is in
+        `refusals`; with any refusal there are no steps.
     """
     options = options or MergeOptions()
     tree = tree_of(chain)
@@ -127,7 +134,7 @@ def make_plan(
     dropped = select(request, tree)
     bare = groups_of(dropped, tree)
     unfinished = unfinished_refusals(layers, bare)
-    chosen = choices(tree, bare, options, model, progress)
+    chosen = choices(tree, bare, options, model, progress, behaviour_of(version))
     refusals = _refusals(tree, chosen, options)
     # What a stopped merge left in place speaks of nothing but that merge.
     refusals = unfinished or refusals

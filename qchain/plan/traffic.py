@@ -5,29 +5,54 @@ For a group F(i)..F(j) (j kept) and a target t, per cell in the finest unit:
     commit into t    A(t+1) ∪ … ∪ A(j), rounded out to qemu's granularity
     pull into t      (A(i) ∪ … ∪ A(t-1)) \\ (A(t) ∪ what the commit wrote)
 
-All targets are counted in one pass over the maps. `tests/test_plan_traced.py` holds the
-figures against what qemu-img requests.
+All targets are counted in one pass over the maps. What a pull does where the target's clusters
+are larger than what is pulled depends on the contents (`qchain.plan.walk`): a second pass
+looks at them there if they are few, and everywhere if it is asked to.
+`tests/test_plan_traced.py` holds the figures against what qemu-img requests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from qchain.chain.layer import Layer, Masks, Qcow2Layer
 from qchain.chain.ownership import unify
 from qchain.chain.parallel import thread_pool
-from qchain.chain.resolve import mask_windows
+from qchain.chain.reader import require_content
+from qchain.chain.resolve import ALIGNMENT, mask_windows, windows
+from qchain.errors import ImageError
+from qchain.plan.cells import (
+    NOTHING,
+    Bools,
+    Shown,
+    any_of,
+    cut,
+    in_parts,
+    round_out,
+    runs_in,
+    union,
+)
 from qchain.plan.clusters import ClusterCount
-from qchain.plan.zeroes import View, view_of
-from qchain.qcow2.header_limits import MAX_L1_BYTES
+from qchain.plan.exact import LONG, REACH, Pulled, looked_at
+from qchain.plan.newtables import NewTables
+from qchain.plan.pieces import finest_below
+from qchain.plan.versions import DEFAULT, Behaviour
+from qchain.plan.walk import STEP, Ranges
+from qchain.plan.zeroes import BATCH, View, view_of
 
 __all__ = ["Traffic", "commit_granularity", "count_traffic"]
 
-Bools = npt.NDArray[np.bool_]
+_FEW = 64 << 20
+"""So many bytes, of all targets together, are read even without `exact`."""
+_EXACT_CELLS = 1 << 15
+_EXACT_BYTES = 256 << 20
+"""Of a window whose contents are compared, the most."""
+_MANY = 1 << 22
+_FAR = 1 << 30
 
 
 @dataclass(slots=True)
@@ -37,8 +62,8 @@ class Traffic:
     Attributes:
         commit_bytes: data that the commit into the target reads, and writes.
         commit_zero_bytes: zero writes of the commit; they carry no data.
-        pull_bytes: what the pull into the target moves (zero clusters included: rebase
-            turns them into data where the new backing is not zero).
+        pull_bytes: what the pull into the target writes as data (zero clusters included:
+            rebase turns them into data where the new backing is not zero).
         pull_read_bytes: what it reads for that: the old view and the new one of what lies
             between, as far as their files reach; without a new backing the old view of all
             that the target does not allocate, holes included.
@@ -46,6 +71,7 @@ class Traffic:
         new_clusters: clusters of the target that get data and had none.
         new_tables: L2 tables of the target that come into being, for zero writes too.
         copy_bytes: of a copy: data that is copied before it is pulled into.
+        unsure_bytes: what would move where it takes the contents to tell.
     """
 
     commit_bytes: int = 0
@@ -56,10 +82,11 @@ class Traffic:
     new_clusters: int = 0
     new_tables: int = 0
     copy_bytes: int = 0
+    unsure_bytes: int = field(default=0, compare=False)
 
-    def add(self, other: Traffic) -> None:
+    def add(self, other: Traffic, times: int = 1) -> None:
         for name in Traffic.__slots__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+            setattr(self, name, getattr(self, name) + times * getattr(other, name))
 
 
 def commit_granularity(target: Layer) -> int:
@@ -72,49 +99,39 @@ def commit_granularity(target: Layer) -> int:
     return min(max(target.header.cluster_size, 4096), 65536)
 
 
-def _runs(mask: Bools) -> int:
-    """How many contiguous runs of True."""
-    if not len(mask):
-        return 0
-    return int(mask[0]) + int(np.count_nonzero(mask[1:] > mask[:-1]))
-
-
-def _round_out(mask: Bools, unit: int, to: int) -> Bools:
-    """`mask` (cells of `unit`) grown to whole pieces of `to` bytes, still in cells of `unit`."""
-    if to <= unit:
-        return mask
-    return np.repeat(_any_of(mask, unit, to), max(1, to // unit))[: len(mask)]
-
-
-def _any_of(mask: Bools, unit: int, to: int) -> Bools:
-    """Per piece of `to` bytes: is any cell set? (`to` ≤ `unit`: the cells themselves.)"""
-    factor = to // unit
-    if factor <= 1:
-        return mask
-    short = -len(mask) % factor
-    if short:
-        mask = np.concatenate((mask, np.zeros(short, bool)))
-    out: Bools = np.any(mask.reshape(-1, factor), axis=1)
-    return out
-
-
 class _Window:
     """The masks of a group's layers in one window, in one unit."""
 
     def __init__(
-        self, layers: Sequence[Layer], under: Sequence[Layer], start: int, end: int
+        self,
+        layers: Sequence[Layer],
+        under: Sequence[Layer],
+        start: int,
+        end: int,
+        behaviour: Behaviour = DEFAULT,
+        most: int = 1 << 62,
     ) -> None:
+        """`most`: bytes of a cell, unless little is allocated and there would be too many."""
         self.layers, self.under, self.start, self.end = layers, under, start, end
+        self.behaviour = behaviour
         self.view: View | None = None
+        self.closely: Mapping[int, Pulled] = {}
+        self._shown_under: _Window | None = None
+        self._around: tuple[_Window, Iterator[tuple[int, Shown, Shown, Shown]]] | None = None
         found: list[Masks | None] = []
         for layer in layers:
             limit = min(layer.size, end)
             found.append(layer.masks(start, limit, zeroes=True) if limit > start else None)
         self.packed = [m is not None and m.packed for m in found]
+        self.finest = finest_below(layers, found, start, end, REACH)
         self.unit, wide = unify(layers, found, start, end)
+        parts = self.unit // min(self.unit, most)
+        if (end - start) // (self.unit // parts) > _MANY:
+            parts = 1
+        self.unit //= parts
         self.count = (end - start) // self.unit
-        self.allocated = [None if m is None else m.allocated for m in wide]
-        self.zero = [None if m is None else m.zero for m in wide]
+        self.allocated = [None if m is None else in_parts(m.allocated, parts) for m in wide]
+        self.zero = [None if m is None or m.zero is None else in_parts(m.zero, parts) for m in wide]
         # Past its end a layer reads as zeroes and hides what is below: allocated zero.
         for index, layer in enumerate(layers):
             if layer.size < end:
@@ -128,9 +145,17 @@ class _Window:
         # What is beyond the kept image's end does not move.
         self.count = min(self.count, max(0, -(-(layers[0].size - start) // self.unit)))
         self.cells = [
-            _Shown(_cut(mask, self.count), _cut(zero, self.count))
+            Shown(cut(mask, self.count), cut(zero, self.count))
             for mask, zero in zip(self.allocated, self.zero, strict=True)
         ]
+
+    def regions(self, targets: Collection[int]) -> dict[int, tuple[Bools, Bools | None]]:
+        """`left_and_moved` of the targets that are pulled into."""
+        return {
+            target: self.left_and_moved(target, above, own, below)
+            for target, above, own, below in self.sides()
+            if target in targets and target + 1 < len(self.layers)
+        }
 
     @property
     def empty(self) -> bool:
@@ -139,67 +164,100 @@ class _Window:
     def traffic(
         self,
         targets: Sequence[int],
-        tables: Sequence[_Tables],
+        tables: Sequence[NewTables],
         clusters: Sequence[ClusterCount],
     ) -> list[Traffic]:
         """Counts for each target (a layer index; 0 is the kept image).
 
-        The L2 tables that are written to are noted in `tables`. Unions grow from layer to
-        layer, downwards and upwards, so that the work is linear in the depth.
+        The L2 tables that are written to are noted in `tables`.
         """
-        below = [_NOTHING]
+        wanted = {target: place for place, target in enumerate(targets)}
+        out = [Traffic() for _ in targets]
+        for target, above, own, below in self.sides():
+            if target in wanted:
+                place = wanted[target]
+                count = clusters[place] if clusters else None
+                out[place] = self._one(target, above, own, below, tables[place], count)
+        return out
+
+    def sides(self) -> Iterator[tuple[int, Shown, Shown, Shown]]:
+        """Per layer what is above it, its own, and what is below it, within the group.
+
+        Unions grow from layer to layer, downwards and upwards, so that the work is linear in
+        the depth.
+        """
+        below = [NOTHING]
         for shown in reversed(self.cells):
             below.append(shown.over(below[-1]))
         below.reverse()  # below[k]: the layers from k down
-        wanted = {target: place for place, target in enumerate(targets)}
-        out = [Traffic() for _ in targets]
-        above = _NOTHING
+        above = NOTHING
         for target, own in enumerate(self.cells):
-            down = above.over(own)
-            if target in wanted:
-                place = wanted[target]
-                out[place] = self._one(
-                    target, above, down, own, below[target + 1], tables[place],
-                    clusters[place] if clusters else None,
-                )  # fmt: skip
-            above = down
-        return out
+            yield target, above, own, below[target + 1]
+            above = above.over(own)
+
+    def left_and_moved(
+        self, target: int, above: Shown, own: Shown, below: Shown
+    ) -> tuple[Bools, Bools | None]:
+        """What the target does not allocate after the commit; what of it lies between."""
+        layer = self.layers[target]
+        there = union(self._own_then(target, own), above.mask)
+        if above.mask is not None:
+            # Of a (sub)cluster that was partly written the rest comes along.
+            dirty = round_out(above.mask, self.unit, commit_granularity(layer))
+            there = union(there, round_out(dirty, self.unit, layer.granularity))
+        left = np.ones(self.count, bool) if there is None else ~there
+        return left, None if below.mask is None else below.mask & left
+
+    def _own_then(self, target: int, own: Shown) -> Bools | None:
+        """What the target has when it is pulled into: by then it is as long as the kept image.
+
+        What it grew by is zero clusters if its backing file reaches there, else it is left
+        unallocated (qemu's `bdrv_co_truncate`).
+        """
+        layer = self.layers[target]
+        if own.mask is None or layer.size >= min(self.layers[0].size, self.end):
+            return own.mask
+        mask = own.mask.copy()
+        grown = max(0, layer.size - self.start) // self.unit
+        piece = max(1, layer.granularity // self.unit)
+        first, last = grown // piece * piece, -(-grown // piece) * piece
+        if self.layers[target + 1 :] and self.layers[target + 1].size > layer.size:
+            mask[first:] = True
+        else:
+            mask[last:] = False
+            mask[grown:last] = bool(grown) and grown < last and mask[grown - 1]
+        return mask
 
     def _one(
         self,
         target: int,
-        above: _Shown,
-        down: _Shown,
-        own: _Shown,
-        below: _Shown,
-        tables: _Tables,
+        above: Shown,
+        own: Shown,
+        below: Shown,
+        tables: NewTables,
         clusters: ClusterCount | None,
     ) -> Traffic:
-        """One target: what is above it, that and its own, its own, and what is below it."""
+        """One target: what is above it, its own, and what is below it."""
         out = Traffic()
         layer = self.layers[target]
         has_host = own.data
-        dirty = copied = moved = None
+        dirty = copied = moved = touched = None
         if above.mask is not None:
             unit = commit_granularity(layer)
-            dirty = copied = _round_out(above.mask, self.unit, unit)
+            dirty = copied = round_out(above.mask, self.unit, unit)
             out.commit_bytes = int(np.count_nonzero(dirty)) * self.unit
             if above.zero is not None:
-                copied, out.commit_bytes = self._copied(layer, dirty, unit)
+                copied, out.commit_bytes = self._copied(target, dirty, unit)
             out.commit_zero_bytes = int(np.count_nonzero(dirty)) * self.unit - out.commit_bytes
-            out.extents += _runs(dirty)
-        if dirty is not None:
-            # Of a (sub)cluster that was partly written the rest comes along.
-            there = _union(down.mask, _round_out(dirty, self.unit, layer.granularity))
-        else:
-            there = down.mask
+            out.extents += runs_in(dirty)
         if target + 1 < len(self.layers):
-            moved = self._pull(target, there, below, out)
-        written = _union(copied, moved)
+            left, between = self.left_and_moved(target, above, own, below)
+            moved, touched = self._pull(target, left, between, below, out)
+        written = union(copied, moved)
         if written is not None:
             out.new_clusters = self._new_clusters(layer, written, has_host)
-            touched = _union(dirty, moved)
-            assert touched is not None
+        touched = union(dirty, touched)
+        if touched is not None:
             tables.touch(touched, self.unit, self.start)
             if clusters is not None:
                 host = None
@@ -208,36 +266,147 @@ class _Window:
                 clusters.note(self.start, self.unit, copied, dirty, moved, host)
         return out
 
-    def _copied(self, target: Layer, dirty: Bools, piece: int) -> tuple[Bools, int]:
+    def _copied(self, target: int, dirty: Bools, piece: int) -> tuple[Bools, int]:
         """What a commit into `target` copies of what is dirty; the rest is written as zeroes."""
+        header = self.layers[target].header
+        cluster = piece if header is None else header.cluster_size
+        span = self.start, self.start + self.count * self.unit
+        if cluster <= piece or self.end - self.start > LONG:
+            return self._seen().copied(dirty, self.unit, piece, cluster, self.start, span)
+        # Whether zeroes are copied depends on where their extent begins and ends, out there.
+        if self._around is None:
+            low, high = max(0, self.start - BATCH), self.end + BATCH
+            around = _Window(self.layers, self.under, low, high, most=ALIGNMENT)
+            self._around = around, around.sides()
+        around, sides = self._around
+        mask = next(above.mask for number, above, _, _ in sides if number == target)
+        assert mask is not None
+        dirty = round_out(mask, around.unit, piece)
+        origin = around._origin(target, piece) if dirty[0] else around.start
+        copied, amount = around._seen().copied(dirty, around.unit, piece, cluster, origin, span)
+        copied = copied[(self.start - around.start) // around.unit :]
+        if around.unit > self.unit:
+            copied = np.repeat(copied, around.unit // self.unit)
+        return any_of(copied, around.unit, self.unit)[: self.count], amount
+
+    def _seen(self) -> View:
+        """The view of the kept point."""
         if self.view is None:
             self.view = view_of([*self.layers, *self.under], self.start, self.end)
-        cluster = piece if target.header is None else target.header.cluster_size
-        return self.view.copied(dirty, self.unit, piece, cluster)
+        return self.view
 
-    def _pull(self, target: int, there: Bools | None, below: _Shown, out: Traffic) -> Bools | None:
-        """What the pull into `target` moves; it allocates `there` by then."""
-        moved = None
-        if below.mask is not None:
-            moved = below.mask if there is None else below.mask > there
-        old_size = self.layers[target + 1].size
+    def _origin(self, target: int, piece: int) -> int:
+        """Where the run of dirty pieces began that reaches into the window, if not too far away."""
+        position = self.start
+        while max(0, self.start - _FAR) < position:
+            low = max(0, position - REACH)
+            window = _Window(self.layers[:target], (), low, position)
+            masks = [cells.mask for cells in window.cells if cells.mask is not None]
+            if not masks:
+                break
+            dirty = round_out(np.logical_or.reduce(masks), window.unit, piece)
+            if not dirty.all():
+                return position - int(np.argmin(dirty[::-1])) * window.unit
+            position = low
+        return position
+
+    def _pull(
+        self, target: int, left: Bools, moved: Bools | None, below: Shown, out: Traffic
+    ) -> tuple[Bools | None, Bools | None]:
+        """What the pull into `target` writes as data, and what it writes at all.
+
+        Args:
+            left: what the target does not allocate by then.
+            moved: what of that the layers between do, which `below` shows.
+        """
+        if target in self.closely:
+            return self._closely(target, self.closely[target], out)
+        layer, old_size = self.layers[target], self.layers[target + 1].size
+        new_size = self.under[0].size if self.under else 0
+        unsure = aligns = False
         if not self.under:
-            left = np.ones(self.count, bool) if there is None else ~there
             out.pull_read_bytes = self._before(left, old_size)
         elif moved is not None:
-            out.pull_read_bytes = self._before(moved, old_size)
-            out.pull_read_bytes += self._before(moved, self.under[0].size)
+            aligns = self.behaviour.rebase_aligns
+            reach = self.start - (REACH if new_size % layer.granularity else 0)
+            outreaches = reach < new_size < min(self.end, self.layers[0].size)
+            unsure = self.finest[target] < layer.granularity or outreaches
+            if aligns:
+                moved = round_out(moved, self.unit, layer.granularity)
+            out.pull_read_bytes = self._before(moved, old_size) + self._before(moved, new_size)
+            if unsure and not aligns:
+                out.unsure_bytes = int(np.count_nonzero(moved)) * self.unit
+                again = min(old_size, new_size + STEP) if outreaches else new_size
+                out.pull_read_bytes += max(
+                    0, self._before(moved, again) - self._before(moved, new_size)
+                )
         if moved is None:
-            return None
-        # Where the new backing has ended, zero clusters read right without moving.
-        below_size = self.under[0].size if self.under else 0
-        ended = max(0, min(self.count, -(-(below_size - self.start) // self.unit)))
-        if ended < self.count and below.zero is not None:
-            assert below.data is not None
-            moved = np.concatenate((moved[:ended], moved[ended:] & below.data[ended:]))
-        out.pull_bytes = int(np.count_nonzero(moved)) * self.unit
-        out.extents += _runs(moved)
-        return moved
+            return None, None
+        moved, equal = self._differing(moved, below, old_size)
+        if aligns or (self.behaviour.rebase_aligns and not self.under):
+            moved, equal = round_out(moved, self.unit, layer.granularity) & left, 0
+        out.pull_bytes = self._before(moved, old_size) - equal
+        data = self._as_data(layer, moved, old_size)
+        out.extents += runs_in(data)
+        return data, moved
+
+    def _differing(self, moved: Bools, below: Shown, old_size: int) -> tuple[Bools, int]:
+        """`moved` without the cells that read as zeroes before and after, by the maps.
+
+        And how many bytes before `old_size` of the others do, where the new backing has
+        smaller cells.
+        """
+        if below.zero is None:
+            return moved, 0
+        zero = moved & below.zero
+        if not self.under or not zero.any():
+            return moved & ~zero, 0
+        if self._shown_under is None:
+            self._shown_under = _Window(self.under, (), self.start, self.end)
+        window, shown = self._shown_under, NOTHING
+        for cells in reversed(window.cells):
+            shown = cells.over(shown)
+        data = shown.data
+        if data is None:
+            return moved & ~zero, 0
+        unit = min(self.unit, window.unit)
+        both = np.repeat(zero, self.unit // unit)
+        shows = np.repeat(data, window.unit // unit)[: len(both)]
+        both[: len(shows)] &= ~shows
+        whole = np.asarray(both.reshape(-1, self.unit // unit).all(axis=1))
+        inside = max(0, old_size - self.start) // self.unit
+        some = both.reshape(-1, self.unit // unit)[:inside]
+        apart = int(np.count_nonzero(some)) * unit
+        apart -= int(np.count_nonzero(whole[:inside])) * self.unit
+        return moved & ~whole, apart
+
+    def _as_data(self, layer: Layer, written: Bools, old_size: int) -> Bools:
+        """What of `written` gets data clusters: beyond `old_size` rebase writes zeroes."""
+        if old_size >= min(self.end, self.layers[0].size):
+            return written
+        if isinstance(layer, Qcow2Layer) and layer.version < 3:
+            return written  # it has no zero clusters
+        # Of a (sub)cluster that is zeroed in part the rest is copied.
+        last = max(0, -(-old_size // layer.granularity) * layer.granularity - self.start)
+        out = written.copy()
+        out[-(-last // self.unit) :] = False
+        return out
+
+    def _closely(self, target: int, pulled: Pulled, out: Traffic) -> tuple[Bools, Bools]:
+        """What the contents say of the pull."""
+        out.pull_read_bytes, out.pull_bytes = pulled.read, pulled.written
+        data = self._cells_of(pulled.data)
+        touched = data | self._cells_of(pulled.zeroes)
+        data = self._as_data(self.layers[target], touched, self.layers[target + 1].size)
+        out.extents += runs_in(data)
+        return data, touched
+
+    def _cells_of(self, ranges: Ranges) -> Bools:
+        """The cells that the ranges touch."""
+        steps = np.zeros(self.count + 1, np.int64)
+        np.add.at(steps, (ranges.start - self.start) // self.unit, 1)
+        np.add.at(steps, -((self.start - ranges.end) // self.unit), -1)
+        return np.asarray(np.cumsum(steps[:-1]) > 0)
 
     def _before(self, mask: Bools, size: int) -> int:
         """Bytes of the set cells that lie before guest byte `size`, or the group's end."""
@@ -253,95 +422,10 @@ class _Window:
     def _new_clusters(self, layer: Layer, written: Bools, has_host: Bools | None) -> int:
         cluster = 4096 if layer.header is None else layer.header.cluster_size
         pieces = max(cluster, self.unit) // cluster
-        touched = _any_of(written, self.unit, cluster)
+        touched = any_of(written, self.unit, cluster)
         if has_host is not None:
-            touched = touched > _any_of(has_host, self.unit, cluster)
+            touched = touched > any_of(has_host, self.unit, cluster)
         return int(np.count_nonzero(touched)) * pieces
-
-
-def _cut(mask: Bools | None, count: int) -> Bools | None:
-    return None if mask is None else mask[:count]
-
-
-def _union(a: Bools | None, b: Bools | None) -> Bools | None:
-    if a is None or a is b:
-        return b
-    return a if b is None else a | b
-
-
-class _Shown:
-    """What some layers, seen from above, allocate: `mask`, and which of it reads zero.
-
-    Both of shape (cells,); `mask` None: nothing at all; `zero` None: all of it is data.
-    """
-
-    __slots__ = ("mask", "zero")
-
-    def __init__(self, mask: Bools | None, zero: Bools | None) -> None:
-        self.mask, self.zero = mask, zero
-
-    @property
-    def data(self) -> Bools | None:
-        """What shows data."""
-        if self.mask is None or self.zero is None:
-            return self.mask
-        return self.mask > self.zero
-
-    def over(self, lower: _Shown) -> _Shown:
-        """These layers and, below them, those of `lower`."""
-        if self.mask is None:
-            return lower
-        if lower.mask is None:
-            return self
-        zero = self.zero
-        if lower.zero is not None:
-            zero = _union(zero, lower.zero > self.mask)
-        return _Shown(self.mask | lower.mask, zero)
-
-
-_NOTHING = _Shown(None, None)
-
-
-class _Tables:
-    """Which L2 tables of a target come to be used.
-
-    Held for the whole target, as its L1 is: one table may span many windows.
-    """
-
-    def __init__(self, layer: Layer, size: int) -> None:
-        self.span = 0
-        if isinstance(layer, Qcow2Layer):
-            self.span = layer.cluster_size * layer.tables.per_table
-            # No table is larger, whatever the kept image announces.
-            count = min(-(-size // self.span), MAX_L1_BYTES // 8)
-            self.touched = np.zeros(count, bool)
-            there = layer.tables.l1[: len(self.touched)] != 0
-            self.there = np.zeros(len(self.touched), bool)
-            self.there[: len(there)] = there
-
-    def touch(self, written: Bools, unit: int, start: int) -> None:
-        """Note what is written into a window: cells of `unit` bytes from guest byte `start`."""
-        if not self.span:
-            return
-        low, high = start // self.span, (start + len(written) * unit - 1) // self.span + 1
-        if high <= len(self.there) and self.there[low:high].all():
-            return  # the usual case, and the rest is slow
-        cells = np.flatnonzero(written)
-        if not len(cells):
-            return
-        first = (start + cells * unit) // self.span
-        first = first[first < len(self.touched)]
-        self.touched[first] = True
-        tables = unit // self.span
-        if tables > 1:
-            # The cells of a window where little is allocated may cover several tables, and
-            # then they are few.
-            for index in first.tolist():
-                self.touched[index : index + tables] = True
-
-    @property
-    def new(self) -> int:
-        return int(np.count_nonzero(self.touched & ~self.there)) if self.span else 0
 
 
 def count_traffic(
@@ -350,6 +434,9 @@ def count_traffic(
     under: Sequence[Layer] = (),
     progress: Callable[[int, int], None] | None = None,
     clusters: Sequence[ClusterCount] = (),
+    *,
+    exact: bool = False,
+    behaviour: Behaviour = DEFAULT,
 ) -> list[Traffic]:
     """What each target of a group would cost.
 
@@ -358,26 +445,50 @@ def count_traffic(
         targets: indices into `layers`.
         under: what lies below the group, the new backing first; nothing where it is dropped.
         clusters: one for each target, gets what it needs.
+        exact: compare the contents of all that a pull would move.
+
+    Raises: `ImageError` when the contents cannot be read, with `exact` only.
     """
     longest = max(layers, key=lambda layer: layer.size)
     size = longest.size
     finest = min(layers, key=lambda layer: layer.granularity)
-    spans = list(mask_windows([longest, finest, *layers, *under], 0, size))
+    order = [longest, finest, *layers, *under]
+    cells = max(1, min(_EXACT_CELLS, _EXACT_BYTES // finest.granularity))
+    spans = list(windows(order, 0, size, cells) if exact else mask_windows(order, 0, size))
     totals = [Traffic() for _ in targets]
-    tables = [_Tables(layers[target], layers[0].size) for target in targets]
+    tables = [NewTables(layers[target], layers[0].size) for target in targets]
+    if exact:
+        require_content([*layers, *under])
 
-    def one(span: tuple[int, int]) -> list[Traffic] | None:
-        window = _Window(layers, under, *span)
+    def one(span: tuple[int, int], closely: bool = exact) -> list[Traffic] | None:
+        most = finest.granularity if closely else 1 << 62
+        window = _Window(layers, under, *span, behaviour, most)
         if not window.count or (window.empty and under):
             return None
-        return window.traffic(targets, tables, clusters)
+        if closely and not window.empty:
+            window.closely = looked_at(
+                lambda low: _Window(layers, under, low, span[1], behaviour), targets, span
+            )
+        return window.traffic(targets, tables, clusters if closely is exact else ())
 
+    unsure: list[tuple[tuple[int, int], list[Traffic]]] = []
     with thread_pool() as pool:
-        for (_, end), found in zip(spans, pool.map(one, spans), strict=True):
+        for span, found in zip(spans, pool.map(one, spans), strict=True):
             for total, part in zip(totals, found or (), strict=False):
                 total.add(part)
+            if found and any(part.unsure_bytes for part in found):
+                unsure.append((span, found))
             if progress is not None:
-                progress(end, size)
+                progress(span[1], size)
+        if 0 < sum(total.unsure_bytes for total in totals) <= _FEW:
+            # What cannot be read is found out elsewhere, and said there.
+            with contextlib.suppress(ImageError):
+                require_content([*layers, *under])
+                again = list(pool.map(lambda each: one(each[0], True), unsure))
+                for (_, before), now in zip(unsure, again, strict=True):
+                    for total, old, new in zip(totals, before, now or (), strict=False):
+                        total.add(old, -1)
+                        total.add(new)
     for total, each in zip(totals, tables, strict=True):
         total.new_tables = each.new
     for count, each in zip(clusters, tables, strict=False):

@@ -24,7 +24,7 @@ from qchain.memory import aligned
 from qchain.qcow2.entries import Kind
 from qchain.verify.pairing import Pairs, pair_up
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "compare", "differing"]
 
 BATCH = 4 << 20
 """Guest bytes of short runs that a thread is given at once."""
@@ -181,6 +181,18 @@ def _batches(pairs: Pairs, wanted: npt.NDArray[np.bool_]) -> Iterator[tuple[Runs
         size = most if long[first] else BATCH
         for position in range(0, int(ends[-1]), size):
             yield _part(left, ends, position, size), _part(right, ends, position, size)
+
+
+def differing(
+    a: Sequence[Layer], b: Sequence[Layer], pairs: Pairs, wanted: npt.NDArray[np.bool_]
+) -> Iterator[tuple[int, int]]:
+    """(start, length) of the 512-byte sectors that differ in the wanted pairs, in order.
+
+    Reads in the calling thread. Raises: `ImageError` when an image cannot be read.
+    """
+    for left, right in _batches(pairs, wanted):
+        for start, length, _, _ in _compare_batch(a, b, left, right):
+            yield start, length
 
 
 def _part(table: Runs, ends: npt.NDArray[np.int64], position: int, size: int) -> Runs:

@@ -18,7 +18,7 @@ from qchain.chain.resolve import Runs, runs, windows
 from qchain.hostfile import FileId
 from qchain.qcow2.entries import NO_HOST, Kind
 
-__all__ = ["Pairs", "pair_up"]
+__all__ = ["Pairs", "pair_up", "pairs_in"]
 
 _CELLS = 1 << 15
 """Of a window: small, so that reading can begin while the next one is paired."""
@@ -73,20 +73,23 @@ def _union(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> npt.NDArray[np
     return both[first]
 
 
+def _nothing(start: int, end: int) -> Runs:
+    """One run of what is past the end."""
+    return Runs(
+        np.array([start], np.int64),
+        np.array([end - start], np.int64),
+        np.zeros(1, np.int32),
+        np.array([Kind.PAST_END], np.uint8),
+        np.array([NO_HOST], np.uint64),
+    )
+
+
 def _side(layers: Sequence[Layer], start: int, end: int) -> Runs:
     """The runs of [start, end), zero beyond the end of the disk."""
     tables = list(runs(layers, start, min(end, layers[0].size))) if start < layers[0].size else []
     if layers[0].size < end:
         begin = max(start, layers[0].size)
-        tables.append(
-            Runs(
-                np.array([begin], np.int64),
-                np.array([end - begin], np.int64),
-                np.zeros(1, np.int32),
-                np.array([Kind.PAST_END], np.uint8),
-                np.array([NO_HOST], np.uint64),
-            )
-        )
+        tables.append(_nothing(begin, end))
     if len(tables) == 1:
         return tables[0]
     return Runs(
@@ -96,20 +99,31 @@ def _side(layers: Sequence[Layer], start: int, end: int) -> Runs:
 
 def pair_up(a: Sequence[Layer], b: Sequence[Layer]) -> Iterator[Pairs]:
     """Both points (layers, active first) over the longer one's size, in windows."""
-    file_a, file_b = _files(a, b)
     longer = a if a[0].size >= b[0].size else b
     finest = min((*a, *b), key=lambda layer: layer.granularity)
     # Windows of the finer side bound the memory of both.
     for start, end in windows([longer[0], finest, *a, *b], 0, longer[0].size, _CELLS):
-        left, right = _side(a, start, end), _side(b, start, end)
-        starts = _union(left.start, right.start)
-        left, right = _split(left, starts, end), _split(right, starts, end)
-        zero = _reads_zero(left.kind) & _reads_zero(right.kind)
-        same = (
-            (file_a[left.depth] == file_b[right.depth])
-            & (left.host == right.host)
-            & (left.kind == right.kind)
-            & (left.host != NO_HOST)
-            & ~_reads_zero(left.kind)
-        )
-        yield Pairs(left, right, same, zero)
+        yield pairs_in(a, b, start, end)
+
+
+def pairs_in(
+    a: Sequence[Layer],
+    b: Sequence[Layer],
+    start: int,
+    end: int,
+    cuts: npt.NDArray[np.int64] | None = None,
+) -> Pairs:
+    """The pairs of [start, end), cut at `cuts` too. `b` without a layer: nothing but zeroes."""
+    file_a, file_b = _files(a, b)
+    left = _side(a, start, end)
+    right = _side(b, start, end) if b else _nothing(start, end)
+    starts = _union(left.start, right.start)
+    if cuts is not None:
+        starts = _union(starts, cuts[(cuts > start) & (cuts < end)])
+    left, right = _split(left, starts, end), _split(right, starts, end)
+    zero = _reads_zero(left.kind) & _reads_zero(right.kind)
+    same = (left.host == right.host) & (left.kind == right.kind)
+    same &= (left.host != NO_HOST) & ~_reads_zero(left.kind)
+    if b:
+        same &= file_a[left.depth] == file_b[right.depth]
+    return Pairs(left, right, same, zero)
