@@ -166,7 +166,7 @@ def _figures(
         round(seconds, 3),
         traffic,
         # Only a pull compares.
-        exact or not traffic.pull_bytes,
+        exact or not (traffic.pull_bytes or traffic.unsure_bytes),
     )
 
 
