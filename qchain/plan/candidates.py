@@ -178,7 +178,7 @@ def _figures(
         traffic,
         grown,
         # Only a pull compares.
-        exact or not traffic.pull_bytes,
+        exact or not (traffic.pull_bytes or traffic.unsure_bytes),
     )
 
 
