@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qchain.chain.layer import Layer
+from qchain.plan.candidates import Candidate
 from qchain.plan.choice import GroupPlan
 
 __all__ = ["reason"]
+
+_NAMED = 3  # other ways that are named
 
 
 def _human(size: int) -> str:
@@ -19,23 +22,59 @@ def _human(size: int) -> str:
     raise AssertionError
 
 
+def _way(layers: Sequence[Layer], candidate: Candidate) -> str:
+    """The candidate as the subject of a sentence."""
+    if candidate.target is None:
+        return "copying into a new file"
+    name = layers[candidate.target].path.name
+    verbs = {"pull": "pulling into", "commit": "committing into", "both": "merging into"}
+    return f"{verbs[candidate.strategy]} {name}"
+
+
+def _share(part: int, whole: int) -> str:
+    share = 100 * part / whole
+    if 0 < share < 1:
+        return "less than 1 %"
+    return "nearly all" if 99 < share < 100 else f"{share:.0f} %"
+
+
+def _overlap(layers: Sequence[Layer], plan: GroupPlan) -> str:
+    """What the layers allocate that decides: who hides how much of whom, or who shows most."""
+    counted = {c.target: c.traffic for c in plan.candidates if c.target is not None}
+    members = plan.group.members
+    total = sum(counted[index].shown_bytes for index in members)
+    if not total:
+        return ""
+    if len(members) == 2:
+        upper, lower = (layers[index].path.name for index in members)
+        below = counted[members[1]]
+        if not below.held_bytes:
+            return f"{lower} holds nothing"
+        hidden = below.held_bytes - below.shown_bytes
+        return f"{upper} overwrites {_share(hidden, below.held_bytes)} of {lower}"
+    most = max(members, key=lambda index: counted[index].shown_bytes)
+    share = _share(counted[most].shown_bytes, total)
+    return f"{layers[most].path.name} holds {share} of what the {len(members)} images show"
+
+
 def reason(layers: Sequence[Layer], plan: GroupPlan) -> str:
     """One sentence: why this candidate, with the numbers that decided."""
     chosen = plan.chosen
     if chosen is None:
         return "no way is possible"
-    moved = _human(chosen.write_bytes)
-    if chosen.target is None:
-        said = f"a copy into a new file writes {moved}"
-    else:
-        said = f"{chosen.strategy} into {layers[chosen.target].path.name} moves {moved}"
     others = [c for c in plan.candidates if c.feasible and c is not chosen]
+    overlap = _overlap(layers, plan)
+    lead = f"{overlap}; " if overlap else ""
+    moved = f"{_way(layers, chosen)} moves {_human(chosen.write_bytes)}"
     if not others:
-        return f"{said}; it is the only way possible"
-    best = min(others, key=lambda c: (c.seconds, c.write_bytes))
-    assert best.target is not None
-    other = layers[best.target].path.name
-    return (
-        f"{said} (estimated {chosen.seconds:.2g} s); {best.strategy} into {other} would move "
-        f"{_human(best.write_bytes)} ({best.seconds:.2g} s)"
-    )
+        return f"{lead}{moved}, and is the only way possible"
+    others.sort(key=lambda c: (c.seconds, c.write_bytes))
+    if chosen.write_bytes <= min(c.write_bytes for c in others):
+        told = [f"{_way(layers, c)} {_human(c.write_bytes)}" for c in others[:_NAMED]]
+        return f"{lead}{moved}, {', '.join(told)}"
+    # Reading, commands and many small requests take time too.
+    said = f"{_way(layers, chosen)} takes an estimated {chosen.seconds:.2g} s"
+    told = [
+        f"{_way(layers, c)} {c.seconds:.2g} s for {_human(c.write_bytes)}" for c in others[:_NAMED]
+    ]
+    return f"{lead}{said} for {_human(chosen.write_bytes)}, {', '.join(told)}"

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from qchain.chain.parallel import thread_pool
 from qchain.chain.reader import require_content
 from qchain.chain.resolve import ALIGNMENT, mask_windows, windows
 from qchain.errors import ImageError
+from qchain.plan.amounts import Traffic
 from qchain.plan.cells import (
     NOTHING,
     Bools,
@@ -53,40 +53,6 @@ _EXACT_BYTES = 256 << 20
 """Of a window whose contents are compared, the most."""
 _MANY = 1 << 22
 _FAR = 1 << 30
-
-
-@dataclass(slots=True)
-class Traffic:
-    """What one target costs, in bytes (extents and tables are counts).
-
-    Attributes:
-        commit_bytes: data that the commit into the target reads, and writes.
-        commit_zero_bytes: zero writes of the commit; they carry no data.
-        pull_bytes: what the pull into the target writes as data (zero clusters included:
-            rebase turns them into data where the new backing is not zero).
-        pull_read_bytes: what it reads for that: the old view and the new one of what lies
-            between, as far as their files reach; without a new backing the old view of all
-            that the target does not allocate, holes included.
-        extents: contiguous runs of both.
-        new_clusters: clusters of the target that get data and had none.
-        new_tables: L2 tables of the target that come into being, for zero writes too.
-        copy_bytes: of a copy: data that is copied before it is pulled into.
-        unsure_bytes: what would move where it takes the contents to tell.
-    """
-
-    commit_bytes: int = 0
-    commit_zero_bytes: int = 0
-    pull_bytes: int = 0
-    pull_read_bytes: int = 0
-    extents: int = 0
-    new_clusters: int = 0
-    new_tables: int = 0
-    copy_bytes: int = 0
-    unsure_bytes: int = field(default=0, compare=False)
-
-    def add(self, other: Traffic, times: int = 1) -> None:
-        for name in Traffic.__slots__:
-            setattr(self, name, getattr(self, name) + times * getattr(other, name))
 
 
 def commit_granularity(target: Layer) -> int:
@@ -177,7 +143,12 @@ class _Window:
             if target in wanted:
                 place = wanted[target]
                 count = clusters[place] if clusters else None
-                out[place] = self._one(target, above, own, below, tables[place], count)
+                found = self._one(target, above, own, below, tables[place], count)
+                if own.mask is not None:
+                    shown = own.mask if above.mask is None else own.mask > above.mask
+                    found.held_bytes = int(np.count_nonzero(own.mask)) * self.unit
+                    found.shown_bytes = int(np.count_nonzero(shown)) * self.unit
+                out[place] = found
         return out
 
     def sides(self) -> Iterator[tuple[int, Shown, Shown, Shown]]:
