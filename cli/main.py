@@ -32,7 +32,7 @@ _parsing = importlib.import_module(typer.BadParameter.__module__)
 _CLOSED = 141
 """As a shell reports a process that SIGPIPE ended."""
 
-_LATER = ("apply", "copy", "rebase", "domain", "fleet", "lab")
+_LATER = ("copy", "rebase", "domain", "fleet", "lab")
 
 _COMMANDS = {
     "info": "info",
@@ -50,6 +50,7 @@ _COMMANDS = {
     "report": "report",
     "plan": "plan",
     "merge": "merge",
+    "apply": "apply",
     "commit": "blocks.commit",
     "pull": "blocks.pull",
     "snapshot": "snapshot",

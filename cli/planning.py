@@ -13,7 +13,7 @@ import typer
 from qchain.errors import ExitCode, Refused, UsageError, printable
 
 from .options import Carrying, Common, Merging
-from .output import console, note, shell_word, write
+from .output import console, note, save_json, shell_word, write
 from .tables import count_text
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ __all__ = [
     "options_of",
     "program",
     "refuse",
+    "save_plan",
     "show_plan",
     "write_commands",
 ]
@@ -121,6 +122,13 @@ def opened_and_planned(
 def program() -> str:
     """The name of qemu-img in commands that are shown."""
     return os.environ.get("QCHAIN_QEMU_IMG") or "qemu-img"
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Save the plan, for `qchain apply`. Raises: as `save_json`."""
+    from qchain.run.saved import saved_document
+
+    save_json(saved_document(plan, program()), path)
 
 
 def refuse(plan: Plan) -> None:

@@ -45,7 +45,7 @@ from qchain.plan.stored import step_to_json
 from qchain.run.durable import fsync_file, unlink_durably, write_durably
 from qchain.run.identity import FileState, state_of
 
-__all__ = ["FORMAT", "GroupRecord", "Journal", "LayerRecord"]
+__all__ = ["FORMAT", "GroupRecord", "Journal", "LayerRecord", "layer_json", "record_of"]
 
 FORMAT = 3
 
@@ -121,7 +121,7 @@ class Journal:
         for group in plan.groups:
             for index in group.group.owned:
                 fsync_file(plan.layers[index].path)
-        chain = [_record(layer) for layer in plan.layers]
+        chain = [record_of(layer) for layer in plan.layers]
         groups = []
         for group in plan.groups:
             assert group.chosen is not None and group.chosen.target is not None
@@ -223,13 +223,13 @@ class Journal:
             "names": self.names,
             "allow_format_change": self.allow_format_change,
             "scan": [str(path) for path in self.scan],
-            "layers": [_layer_json(record) for record in self.chain],
+            "layers": [layer_json(record) for record in self.chain],
             "groups": self._groups_json,
         }
 
 
-def _record(layer: Layer) -> LayerRecord:
-    # The name as the steps have it.
+def record_of(layer: Layer) -> LayerRecord:
+    """A file of the chain as it is now, under its name as the steps have it."""
     return LayerRecord(layer.path.absolute(), layer.format, layer.file.id, state_of(layer.file))
 
 
@@ -246,7 +246,8 @@ def _encoded(document: dict[str, object]) -> bytes:
     return json.dumps(document, indent=1, ensure_ascii=True).encode("ascii")
 
 
-def _layer_json(record: LayerRecord) -> dict[str, object]:
+def layer_json(record: LayerRecord) -> dict[str, object]:
+    """As it is stored; `qchain.run.journal_file.layer_of` reads it again."""
     return {
         "path": str(record.path),
         "format": record.format,
