@@ -32,7 +32,7 @@ _parsing = importlib.import_module(typer.BadParameter.__module__)
 _CLOSED = 141
 """As a shell reports a process that SIGPIPE ended."""
 
-_LATER = ("copy", "rebase", "domain", "fleet", "lab")
+_LATER = ("copy", "domain", "fleet", "lab")
 
 _COMMANDS = {
     "info": "info",
@@ -53,6 +53,7 @@ _COMMANDS = {
     "apply": "apply",
     "commit": "blocks.commit",
     "pull": "blocks.pull",
+    "rebase": "rebase",
     "snapshot": "snapshot",
     "recover": "recover",
 }

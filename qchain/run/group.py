@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Protocol
 
 from qchain.chain.layer import Layer, Qcow2Layer, RawLayer
-from qchain.chain.names import resolve_name
 from qchain.chain.scan import WORK_PREFIX
 from qchain.errors import FailedMidway, QchainError, Refused
 from qchain.hostfile import HostFile
@@ -37,6 +36,7 @@ from qchain.plan.steps import (
 from qchain.plan.traffic import commit_granularity
 from qchain.qcow2.header import read_header
 from qchain.run.attributes import take_attributes
+from qchain.run.confirm import confirm
 from qchain.run.durable import fsync_directory, fsync_file, fsync_open
 from qchain.run.identity import state_of
 from qchain.run.journal import GroupRecord, Journal, LayerRecord
@@ -78,7 +78,7 @@ class GroupRun:
         self.t = layers[record.target] if layers else None
         self.t_path = record.layers[record.target].path
         # The kept point as it reads before the merge, through files held open.
-        self.old: list[Layer] = list(layers)
+        self.old: list[Layer] = list(layers[: len(record.line)])
         self.below: list[Layer] = [] if record.below is None else list(layers[record.below :])
         self.comparison: Comparison | None = None
         self.opened: list[HostFile] = []
@@ -99,7 +99,9 @@ class GroupRun:
             case Compare():
                 self._compare(step)
             case Confirm(image, backing, fmt):
-                self._confirm(image, backing, fmt)
+                # Repeated after a rename there may be no such name any more.
+                if image.exists() or not self.switched:
+                    confirm(image, backing, fmt)
             case MakeDirectory(path):
                 make_private(path)
                 self.made.append(path)
@@ -275,7 +277,7 @@ class GroupRun:
         frozen = frozen_view(self.t, copy)
         self.opened.append(frozen.tables.file)
         place = self.record.target
-        self.old = list(self.layers)
+        self.old = list(self.layers[: len(self.record.line)])
         self.old[place] = frozen
         kept_out = open_rescued(self.t, copy.with_name("rescued"))
         if kept_out is not None:
@@ -328,29 +330,6 @@ class GroupRun:
         header.require_readable(layer.path)
         return Qcow2Layer(layer.path, file, header)
 
-    def _confirm(self, image: Path, backing: Path | None, fmt: str | None) -> None:
-        if not image.exists() and self.switched:
-            return  # repeated after the rename
-        with HostFile(image) as file:
-            header = read_header(file)
-        name = header.backing_name
-        found = None if name is None else resolve_name(name, image)
-        same = (
-            found is None
-            if backing is None
-            else found is not None and found.exists() and found.samefile(backing)
-        )
-        if not same:
-            raise FailedMidway(
-                image, f"its header names {name!r} as backing file after 'rebase -u': wrong"
-            )
-        if backing is not None and header.backing_format != fmt:
-            raise FailedMidway(
-                image,
-                f"its header records {header.backing_format!r} as format of its backing file after "
-                f"'rebase -u', not {fmt!r}",
-            )
-
     # --- going on and going back ----------------------------------------------------
 
     def resume(self, step: int) -> None:
@@ -389,24 +368,25 @@ class GroupRun:
 
     def restore_backing(self) -> None:
         """Let the target's header name its old backing file again; its content is the same."""
-        assert self.record.present is not None
-        name, fmt = self.record.present
+        name, fmt = self.record.present or (None, None)
         argv = rebase_unsafe_argv(self.t_path, "qcow2", name, fmt)
         if self.journal is not None:
             self.journal.write(self.journal.group, self.journal.step, (self.t_path,))
         with self.locks.handed_over((self.t_path,), (), self.t_path) as held:
             self.qemu.run(unlocked_argv(argv) if held else argv, pass_fds=held)
         self._flush(self.t_path)
-        self._confirm(self.t_path, self.record.layers[self.record.target + 1].path, fmt)
+        below = None if name is None else self.record.layers[self.record.target + 1].path
+        confirm(self.t_path, below, fmt)
 
     def _led_away(self) -> bool:
         """Whether the target's header names another backing file than before the merge."""
-        if self.record.present is None or self.record.layers[self.record.target].format != "qcow2":
+        present, raw = self.record.present, self.record.layers[self.record.target].format == "raw"
+        if raw or (present is None and not self.record.onto):
             return False
         with HostFile(self.t_path) as file:
             name = read_header(file).backing_name
             if file.id == self.record.layers[self.record.target].id:
-                return name != self.record.present[0]
+                return name != (None if present is None else present[0])
         if name is not None and WORK_PREFIX in name:
             raise FailedMidway(self.t_path, "is another file, and backs on a work file")
         if any(path.name.endswith(".b") and os.path.lexists(path) for path in self.made):

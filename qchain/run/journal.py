@@ -7,13 +7,14 @@ and durably before each step. Format 3:
      "verify", "names", "allow_format_change": bool, "scan": [path],
      "layers": [{"path", "format", "device", "inode", "size", "mtime_ns", "digest"}],
      "groups": [{"line": [index], "count": c, "own": o, "target": t,
-                 "present": [name, format] | null, "steps": [..]}],
+                 "present": [name, format] | null, "steps": [..], "onto": [index]}],
      "group": g, "step": s, "unsettled": [index], "carrying": bool,
      "altered": bool}
 
 `layers`: all files of the tree. A group's line: from its kept image down to the base; its
 first c are merged, its first o are its own (the others are only read, and stay), and its
-target is among them, at place t of the line. `home`: the inode of the journal's directory.
+target is among them, at place t of the line. `onto`: the chain that a rebase leads the kept
+image to, empty for a merge. `home`: the inode of the journal's directory.
 `present`: the target's backing name before. Step s of group g may have been done in part,
 those before it are done. Each layer is described as it was when it was last durable and
 ours; those in `unsettled` were being written to. `carrying`: what a guest wrote to the kept
@@ -71,15 +72,18 @@ class GroupRecord:
     target: int
     present: tuple[str, str | None] | None
     steps: tuple[Step, ...]
+    onto: tuple[int, ...] = ()
 
     @property
     def layers(self) -> list[LayerRecord]:
-        """The kept image and all below it, down to the base."""
-        return [self.chain[index] for index in self.line]
+        """The kept image and all below it, down to the base; then those of `onto`."""
+        return [self.chain[index] for index in (*self.line, *self.onto)]
 
     @property
     def below(self) -> int | None:
-        """The place of the new backing in the line; None where there is none."""
+        """The place of the new backing in `layers`; None where there is none."""
+        if self.onto:
+            return len(self.line)
         return self.count if self.count < len(self.line) else None
 
     @property
@@ -135,6 +139,7 @@ class Journal:
                     group.group.line.index(group.chosen.target),
                     None if backing is None else (backing.name, backing.format),
                     group.steps,
+                    group.group.onto,
                 )
             )
         return cls(
@@ -267,4 +272,5 @@ def _group_json(record: GroupRecord) -> dict[str, object]:
         "target": record.target,
         "present": record.present,
         "steps": [step_to_json(step) for step in record.steps],
+        "onto": record.onto,
     }

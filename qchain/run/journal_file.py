@@ -181,15 +181,17 @@ def layer_of(stored: Any) -> LayerRecord:
 
 def _group(chain: list[LayerRecord], stored: Any) -> GroupRecord:
     line = tuple(index(each, len(chain)) for each in listed(stored["line"]))
-    if len(set(line)) != len(line) or len(line) < 2:
+    onto = tuple(index(each, len(chain)) for each in listed(stored.get("onto", [])))
+    if len(set(line)) != len(line) or len(line) + len(onto) < 2 or len(set(onto)) != len(onto):
         raise ValueError("a group that is no chain")
     count = index(stored["count"], len(line) + 1)
     own = index(stored["own"], count + 1)
-    if count < 2 or own < 1:
+    if count < (1 if onto else 2) or own < 1:
         raise ValueError("a group without dropped images")
     present = stored["present"]
     if present is not None:
         name, fmt = listed(present)
         present = (text(name), None if fmt is None else text(fmt))
     steps = tuple(step_from_json(step) for step in listed(stored["steps"]))
-    return GroupRecord(chain, line, count, own, index(stored["target"], own), present, steps)
+    target = index(stored["target"], own)
+    return GroupRecord(chain, line, count, own, target, present, steps, onto)
