@@ -117,6 +117,10 @@ def _refusals(tree: ChainTree, group: Group) -> list[str]:
         return [f"{other.path}: backs on {image.path}: the chain would loop; name another image"]
     if not isinstance(image, Qcow2Layer):
         return [f"{image.path}: is {image.format}, and has no backing file; name a qcow2 image"]
+    # What a stopped one left in place speaks of nothing but that one.
+    unfinished = unfinished_refusals(tree.layers, [group])
+    if unfinished:
+        return unfinished
     out = file_refusals(tree.layers, group)
     if other.path.is_symlink():
         # It may lead elsewhere tomorrow.
@@ -128,7 +132,7 @@ def _refusals(tree: ChainTree, group: Group) -> list[str]:
             out.append(f"{path}: is marked corrupt; see 'qemu-img check'")
         if header is not None and header.encryption:
             out.append(f"{path}: is encrypted ({header.encryption}); rebasing is not supported")
-    return out + unfinished_refusals(tree.layers, [group])
+    return out
 
 
 def _already(layers: tuple[Layer, ...], group: Group, steps: list[Step]) -> bool:
