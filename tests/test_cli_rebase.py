@@ -217,6 +217,21 @@ def test_an_image_of_its_own_chain(disk: Disk, image: Path) -> None:
     disk.expect({path.name: path.name for path in disk.paths})
 
 
+def test_a_sibling_of_what_it_backs_on(disk: Disk, image: Path) -> None:
+    """Both chains end in the same base, which is the same place on both sides."""
+    other = disk.directory / "other"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", other)
+    told = run("rebase", image, "--onto", other, "--yes", "--json")
+    # Of what mid has img hides nothing but 64 KiB from 64K on, which differ from the base.
+    pairs = zip(*(disk.points[path.name][64 * K : 128 * K] for path in disk.paths[:2]), strict=True)
+    assert (told.code, told.json["different_bytes"]) == (1, sum(a != b for a, b in pairs))
+    assert told.json["compared_bytes"] == 64 * K
+    assert run("rebase", image, "--onto", other, "--yes", "--allow-copy").code == 0
+    led(image, "other", "qcow2")
+    for path in disk.paths:
+        assert raw_of(path) == disk.points[path.name]
+
+
 def test_a_dry_run_is_what_is_done(disk: Disk, image: Path, tmp_path: Path) -> None:
     other = differing(disk, tmp_path / "e" / "other", "raw")
     before = contents(disk.directory)
