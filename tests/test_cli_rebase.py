@@ -273,13 +273,21 @@ def test_a_raw_image_that_looks_like_another_one(tmp_path: Path) -> None:
 # --- any two chains -------------------------------------------------------------------------
 
 
+def full_enough(specs: list[LayerSpec]) -> bool:
+    """Whether it says enough to differ from another one."""
+    written = [each for spec in specs for one in spec.passes for each in one if each.letter]
+    return len(written) >= 2
+
+
 @settings(
-    max_examples=60 if "QCHAIN_TORTURE" not in os.environ else 1500, deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    max_examples=40 if "QCHAIN_TORTURE" not in os.environ else 1500, deadline=None,
+    suppress_health_check=[
+        HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much
+    ],
 )  # fmt: skip
 @given(
-    mine=chains(min_layers=1, max_layers=4),
-    theirs=chains(min_layers=1, max_layers=3),
+    mine=chains(min_layers=1, max_layers=4).filter(lambda each: each[-1].format == "qcow2"),
+    theirs=chains(min_layers=1, max_layers=3).filter(full_enough),
     pick=st.tuples(st.integers(0, 3), st.integers(0, 6)),
 )
 def test_every_image_reads_as_before(
@@ -291,27 +299,26 @@ def test_every_image_reads_as_before(
         others = build_chain(directory, theirs, [f"t{n}" for n in range(len(theirs))])
         paths = [*ours.paths, *others.paths]
         points = dict(zip(paths, [*shadow_points(mine), *shadow_points(theirs)], strict=True))
-        image, other = ours.paths[pick[0] % len(mine)], paths[pick[1] % len(paths)]
+        qcow2 = [path for path in ours.paths if format_of(path) == "qcow2"]
+        image = qcow2[pick[0] % len(qcow2)]
+        # What is below it, or of the other chain; nothing that backs on it.
+        choice = [*others.paths, *ours.paths[: ours.paths.index(image)]]
+        other = choice[pick[1] % len(choice)]
         before = contents(directory)
         asked = run("rebase", image, "--onto", other, "--yes")
-        assert asked.code in (0, 1, 3), asked.err
-        event(f"exit {asked.code}")
-        done = asked
+        assert asked.code in (0, 1), asked.err
+        event(f"exit {asked.code}, {format_of(other)}")
         if asked.code == 1:
             assert contents(directory) == before
             # It is true: re-pointed all the same, it would read otherwise.
             shutil.copytree(directory, directory / "copy")
             there = directory / "copy" / image.name
-            fmt = format_of(other)
-            qemu_img("rebase", "-u", "-f", "qcow2", "-b", other.name, "-F", fmt, there)
+            argv = ["rebase", "-u", "-f", "qcow2", "-b", other.name, "-F", format_of(other)]
+            qemu_img(*argv, there)
             assert raw_of(there) != points[image]
             shutil.rmtree(directory / "copy")
             done = run("rebase", image, "--onto", other, "--yes", "--allow-copy")
             assert done.code == 0, done.err
-        if done.code == 3:
-            assert contents(directory) == before
-            assert image == other or format_of(image) == "raw" or other in ours.paths
-            return
         assert sorted(contents(directory)) == sorted(before)
         led(image, other.name, format_of(other))
         for path in paths:
