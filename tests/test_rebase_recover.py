@@ -12,6 +12,7 @@ import pytest
 from cli_runner import run
 from merging import Disk, build, format_of
 from test_cli_rebase import LINES, NAMES, contents, copy_of, differing, led
+from test_merge_killed import CALLS, WRAPPER, cannot_trace, in_a_child
 
 from fixtures.oracle import qemu_check, qemu_img, qemu_info, qemu_io, raw_of
 from qchain.chain.chain_tree import open_pair
@@ -129,6 +130,43 @@ def test_killed_before_every_step(tmp_path: Path, case: Case, back: bool) -> Non
         assert Path(image.parent, unnamed(image) or "").samefile(other)
         assert qemu_info(image)["backing-filename-format"] == format_of(other)
         number += stride
+
+
+@pytest.mark.skipif(cannot_trace(), reason="needs strace")
+@pytest.mark.parametrize("together", [True, False], ids=["both", "qemu-img"])
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [(CASES[0], "rebase-u"), (CASES[1], "rebase"), (CASES[-1], "rebase"), (CASES[-1], "rebase-u")],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_killed_within_qemu_img(tmp_path: Path, case: Case, kind: str, together: bool) -> None:
+    """At its system calls; `both`: qchain dies in the same moment, and cannot put back."""
+    killed = 0
+    for number, (call, nth) in enumerate(CALLS):
+        place = tmp_path / str(number)
+        place.mkdir()
+        disk, image, other = made(place, case)
+        names = sorted(contents(disk.directory))
+        wrapper, mark = place / "qemu-img", place / "mark"
+        otherwise = "kill -9 $PPID" if together else "true"
+        words = {"kind": kind, "mark": mark, "call": call, "nth": nth, "otherwise": otherwise}
+        wrapper.write_text(WRAPPER.format(**words))
+        wrapper.chmod(0o755)
+        tree, at = open_pair(image, other, Gate(follow=True))
+        with tree:
+            plan = plan_rebase(tree, at, allow_copy=True).plan
+            in_a_child(lambda: execute(plan, tree, QemuImg(wrapper)) and None)  # noqa: B023
+        assert mark.exists(), f"no {kind} in this rebase"
+        reads_as_before(disk)
+        journals = journals_at(disk.directory)
+        killed += bool(journals)
+        back = bool(number % 2)
+        for done in recover(journals, back=back):
+            assert done.outcome == ("put back" if back else "finished")
+        assert sorted(contents(disk.directory)) == names
+        reads_as_before(disk)
+        assert qemu_check(image)["corruptions"] == 0
+    assert killed >= 2 or not together, "the injection did not work: nothing was proven"
 
 
 def pulled(_number: int, step: Step) -> bool:
