@@ -15,6 +15,7 @@ from pathlib import Path
 from qchain.chain.chain import Chain, open_chain
 from qchain.chain.gate import Gate
 from qchain.chain.layer import Qcow2Layer
+from qchain.memory import aligned
 from qchain.verify.compare import Comparison, compare
 
 _PIECE = 1 << 20
@@ -43,7 +44,7 @@ def _read_tables(chain: Chain) -> None:
 
     The tables follow each other in the images of `fixtures.bigmeta`; one thread, one buffer.
     """
-    view = memoryview(bytearray(_PIECE))
+    view = memoryview(aligned(_PIECE).data)
     for layer in chain.layers:
         assert isinstance(layer, Qcow2Layer)
         tables = layer.tables.l1[layer.tables.l1 > 0]

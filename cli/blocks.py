@@ -1,4 +1,4 @@
-"""`qchain commit` and `qchain pull`: virsh's blockcommit and blockpull, offline."""
+"""`qchain commit`, `pull`, `copy`: virsh's blockcommit, blockpull and blockcopy, offline."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qchain.errors import printable
+
 from .options import Carrying, Common, command
-from .output import write
+from .output import absolute, done_already, write, write_json
 
 if TYPE_CHECKING:
     from qchain.chain.chain_tree import ChainTree
     from qchain.plan.options import MergeOptions
     from qchain.plan.selection import Request
 
-__all__ = ["commit", "pull"]
+__all__ = ["commit", "copy", "pull"]
 
 Base = Annotated[
     str | None, typer.Option("--base", metavar="NAME", help="The image at the lower end.")
@@ -79,3 +81,52 @@ def pull(
         yes,
         lambda chain: pull_request(chain.layers, base, options),
     )
+
+
+@command
+def copy(
+    active: Annotated[Path, typer.Argument(metavar="ACTIVE", help="The image to be copied.")],
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="The new file.")],
+    common: Common,
+    base: Base = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the commands, shell-quoted, in order.")
+    ] = False,
+) -> None:
+    """Copy, as virsh blockcopy: ACTIVE's content in a new file (over BASE, if one is named)."""
+    import shlex
+
+    from qchain.plan.selection import find_layer
+    from qchain.run.copy import copy_point, planned_copy
+
+    from .merge import ending_in_order
+    from .opening import open_for
+    from .planning import program
+    from .tables import size_text
+
+    with open_for(active, common) as chain:
+        wanted = planned_copy(
+            chain, destination, None if base is None else find_layer(base, chain.layers)
+        )
+        if dry_run:
+            for argv in wanted.commands():
+                write(shlex.join([program(), *argv]) + "\n")
+            return
+        with ending_in_order(), common.reporter() as reporter:
+            found = copy_point(wanted, None, reporter)
+    with done_already("the copy is made"):
+        if common.json:
+            verified = {"compared_bytes": found.compared_bytes, "identical": found.identical}
+            write_json(
+                {
+                    "copy": absolute(destination),
+                    "backing": wanted.backing,
+                    "commands": [[program(), *argv] for argv in wanted.commands()],
+                    "verified": verified,
+                }
+            )
+            return
+        over = "" if wanted.backing is None else f", over {printable(wanted.backing)}"
+        write(f"{printable(destination)} reads as {printable(active)} does{over}.\n")
+        compared = size_text(found.compared_bytes)
+        write(f"Verified: {compared} compared, all identical. No point vanishes.\n")

@@ -24,17 +24,19 @@ def chain(
     common: Common,
 ) -> None:
     """Show a chain: its layers, what they hold, and who owns which region of the disk."""
+    from qchain.chain.cut import counted_beyond
     from qchain.chain.ownership import ownership
     from qchain.chain.scan import unfinished_of
     from qchain.forensics.staleness import relocated, staleness
 
-    from .opening import missing_field, open_for, tell_unfinished, unfinished_field
+    from .opening import cut_text, missing_field, open_for, tell_unfinished, unfinished_field
 
     with open_for(image, common) as opened:
         with common.reporter() as reporter:
             reporter.step("reading maps", opened.size)
             owned = ownership(opened.layers, reporter.advance)
         warnings = staleness(opened.layers)
+        warnings += [cut_text(layer.path) for layer in opened.layers if counted_beyond(layer)]
         journals = unfinished_of(layer.path for layer in opened.layers)
         if common.json:
             layers = [_as_json(*pair) for pair in zip(opened.layers, owned, strict=True)]

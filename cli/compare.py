@@ -46,7 +46,7 @@ def compare(
     from qchain.verify.compare import MAX_RANGES
     from qchain.verify.compare import compare as compare_points
 
-    from .opening import missing_field, missing_lines, open_for
+    from .opening import missing_field, missing_lines, open_for, tell_cut
 
     gate = common.gate()
     second = replace(common, format=format_b, snapshot=snapshot_b)
@@ -62,6 +62,7 @@ def compare(
         write_json(_as_json(found, list_) | missing)
     else:
         write(_text(found, list_) + "".join(f"{line}\n" for line in missing_lines(left, right)))
+    tell_cut(left, right)
     if list_ and len(found.ranges) >= MAX_RANGES:
         note(f"{a}: more than {MAX_RANGES} ranges differ; only these are listed")
     if not found.identical:

@@ -49,7 +49,7 @@ def diff(
     from qchain.forensics.files import changed_files
     from qchain.verify.compare import MAX_RANGES
 
-    from .opening import missing_field, missing_lines, open_for
+    from .opening import missing_field, missing_lines, open_for, tell_cut
 
     report = None
     gate = common.gate()
@@ -71,6 +71,7 @@ def diff(
         else:
             missing_text = "".join(f"{line}\n" for line in missing_lines(left, right))
             write(_text(found, left, right, report) + missing_text)
+    tell_cut(left, right)
     if not complete:
         note(f"{a}: {MAX_RANGES} ranges or more differ; only so many are listed")
     if report is not None and report.reason is not None:

@@ -38,7 +38,7 @@ def extract(
     from qchain.forensics.extract import extract_to_file, extract_to_stream
 
     from .merge import ending_in_order
-    from .opening import missing_field, missing_lines, open_for
+    from .opening import missing_field, missing_lines, open_for, tell_cut
 
     start, length = (0, None) if range_ is None else _parse_range(range_)
     if output == "-" and common.json:
@@ -56,7 +56,9 @@ def extract(
                 raise OutputClosed from None
             except OSError as error:
                 raise NotWritten(error) from None
-            return
+    tell_cut(opened)
+    if output == "-":
+        return
     if common.json:
         fields = {"output": absolute(Path(output)), "start": start, "length": count}
         write_json(fields | missing_field(opened))

@@ -26,13 +26,14 @@ def hash_(
     """Digest of the raw content, equal to that of 'qemu-img convert -O raw'."""
     from qchain.chain.digest import digest
 
-    from .opening import missing_field, missing_lines, open_for
+    from .opening import missing_field, missing_lines, open_for, tell_cut
 
     with open_for(image, common) as opened:
         with common.reporter() as reporter:
             reporter.step("hashing", opened.size)
             found = digest(opened.layers, algorithm, reporter.advance)
         size = opened.size
+        tell_cut(opened)
     if common.json:
         fields = {"algorithm": algorithm, "digest": found, "virtual_size": size}
         write_json(fields | missing_field(opened))

@@ -199,6 +199,11 @@ def _count(
         reporter.step("counting clusters", layer.size)
         counts = count_clusters(layer, reporter.advance)
     found.fields["clusters"] = asdict(counts)
+    if counts.beyond:
+        found.problems.append(
+            f"the data of {counts.beyond} cluster(s) lies beyond the end of the file and reads as "
+            "zeroes: the file seems cut short"
+        )
     if counts.invalid:
         raise ImageError(image, f"{counts.invalid} L2 entries break the format")
 

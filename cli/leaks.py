@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from qchain.forensics.look import Look
     from qchain.forensics.unused import UnusedRange
     from qchain.hostfile import HostFile
+
+    from .progress import Reporter
 
 __all__ = ["leaks"]
 
@@ -39,21 +42,28 @@ def leaks(
     from .merge import ending_in_order
     from .opening import refuse_writer
 
-    with ending_in_order(), common.gate().open_named(image) as file, common.reporter() as reporter:
+    with (
+        ending_in_order(changing=extract is not None),
+        common.gate().open_named(image) as file,
+        common.reporter() as reporter,
+    ):
         if not common.force_share:
             refuse_writer(image, file)
         if named_format(file, common.format) != "qcow2":
             raise ImageError(image, "a raw image has no clusters", "name a qcow2 image")
         header = read_header(file)
         header.require_readable(image)
-        reporter.step("checking", 0)
-        report = check_image(file, header)
+        reporter.step("checking", file.size)
+        report = check_image(file, header, reporter.advance)
         ranges = unused_ranges(file, header, report.leaked)
-        reporter.step("looking", sum(each.length for each in ranges))
+        total, done = sum(each.length for each in ranges), 0
+        reporter.step("looking", total)
         found = []
         for each in ranges:
-            found.append((each, look_at(file, each.start, each.length)))
-            reporter.advance(each.start, file.size)
+            seen = partial(_advance, reporter, done, total)
+            found.append((each, look_at(file, each.start, each.length, seen)))
+            done += each.length
+            reporter.advance(done, total)
         if ranges and not knows_magic():
             note("few kinds of files are known by their magic: pip install 'qchain[forensics]'")
         if any(len(look.magic) >= MAX_MAGIC for _, look in found):
@@ -67,6 +77,10 @@ def leaks(
         write_json(sums | {"ranges": [_as_json(*pair, saved) for pair in found]})
     else:
         _show(sums, found, saved)
+
+
+def _advance(reporter: Reporter, before: int, total: int, done: int) -> None:
+    reporter.advance(before + done, total)
 
 
 def _save(

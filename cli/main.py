@@ -26,13 +26,17 @@ from .output import NotWritten, OutputClosed, forget_stdout, note, write, write_
 
 __all__ = ["main"]
 
+# Nothing here multiplies matrices: numpy's library for that would start a thread per processor,
+# which cost more than all else that is imported. Its importer reads this once.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # click's exceptions, or those of the copy of click that newer typers bring along.
 _parsing = importlib.import_module(typer.BadParameter.__module__)
 
 _CLOSED = 141
 """As a shell reports a process that SIGPIPE ended."""
 
-_LATER = ("copy", "domain", "fleet", "lab")
+_LATER = ("domain", "fleet", "lab")
 
 _COMMANDS = {
     "info": "info",
@@ -53,6 +57,7 @@ _COMMANDS = {
     "apply": "apply",
     "commit": "blocks.commit",
     "pull": "blocks.pull",
+    "copy": "blocks.copy",
     "rebase": "rebase",
     "snapshot": "snapshot",
     "recover": "recover",

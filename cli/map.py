@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .options import Common, Point, command
-from .output import write, write_ascii
+from .output import note, write, write_ascii
 
 if TYPE_CHECKING:
     from qchain.chain.layer import Layer
@@ -66,13 +66,16 @@ def _layer_map(image: Path, common: Point) -> None:
 
 def _write_map(layers: Sequence[Layer], common: Common, missing: int | None = None) -> None:
     """`missing`: the layer whose backing file is missing and taken for zeroes."""
+    from .opening import cut_text
+
     with common.reporter() as reporter:
         reporter.step("mapping", layers[0].size)
         if not layers[0].size:
             write("[]\n" if common.json else "the disk has no bytes\n")
             return
         first = True
-        for text, end in _texts(layers, common.json, missing):
+        cut: set[int] = set()
+        for text, end in _texts(layers, common.json, missing, cut):
             if first:
                 # Every extent of the document has a comma and a newline before it.
                 head = f"{'start':>16} {'length':>16} depth  what        offset\n"
@@ -82,18 +85,22 @@ def _write_map(layers: Sequence[Layer], common: Common, missing: int | None = No
             reporter.advance(end, layers[0].size)
         if common.json:
             write("]\n")
+    for depth in sorted(cut):
+        note(cut_text(layers[depth].data.path))
 
 
 def _texts(
-    layers: Sequence[Layer], as_json: bool, missing: int | None
+    layers: Sequence[Layer], as_json: bool, missing: int | None, cut: set[int]
 ) -> Iterator[tuple[bytes, int]]:
     """The text of each window and the guest offset where it ends.
 
+    `cut` gets the layers of which data lies beyond the end of the file.
     The next window is read while a thread makes the text of the one before.
     """
     from collections import deque
     from concurrent.futures import Future, ThreadPoolExecutor
 
+    from qchain.chain.cut import beyond_end
     from qchain.chain.extents import joined_runs
 
     from .maptext import json_lines
@@ -101,6 +108,7 @@ def _texts(
     waiting: deque[tuple[Future[bytes], int]] = deque()
     with ThreadPoolExecutor(1) as pool:
         for table in joined_runs(layers):
+            cut.update(beyond_end(layers, table))
             end = int(table.start[-1] + table.length[-1])
             waiting.append((pool.submit(json_lines if as_json else _lines, table, missing), end))
             if len(waiting) > _AHEAD:

@@ -13,7 +13,7 @@ import typer
 
 from qchain.errors import Refused, UsageError
 
-from .options import Carrying, Common, Merging, command
+from .options import Carrying, Common, Interrupted, Merging, command
 from .output import done_already, write, write_json
 
 if TYPE_CHECKING:
@@ -67,11 +67,12 @@ def carry_out(
     )
 
     terminal = sys.stdin is not None and sys.stdin.isatty()
-    if not (yes or terminal or merging.dry_run):
-        raise UsageError(name, "there is no terminal to ask on", "add --yes to merge unasked")
     with opened_and_planned(active, merging, common, wanted) as (chain, plan):
         if agrees is not None:
             agrees(plan)
+        # What forbids the merge in any case comes first.
+        if not (yes or terminal or merging.dry_run or plan.refusals):
+            raise UsageError(name, "there is no terminal to ask on", "add --yes to merge unasked")
         document = plan.as_json(program())
         if merging.output is not None:
             save_plan(plan, merging.output)
@@ -86,13 +87,14 @@ def carry_out(
             return
         if not yes and plan.steps:
             _ask(name, plan, common.json)
-        with ending_in_order(), common.reporter() as reporter:
-            result = execute(plan, chain, None, reporter)
-    with done_already("the merge is done"):
-        if common.json:
-            write_json(document | _result_json(result))
-        elif plan.steps:
-            write(_result_text(result))
+        with ending_in_order(changing=True):
+            with common.reporter() as reporter:
+                result = execute(plan, chain, None, reporter)
+            with done_already("the merge is done"):
+                if common.json:
+                    write_json(document | _result_json(result))
+                elif plan.steps:
+                    write(_result_text(result))
 
 
 def _ask(name: str, plan: Plan, shown: bool) -> None:
@@ -111,8 +113,11 @@ def _ask(name: str, plan: Plan, shown: bool) -> None:
 
 
 @contextmanager
-def ending_in_order() -> Iterator[None]:
-    """A request to end is as ^C: what has begun is put back, then the process ends."""
+def ending_in_order(changing: bool = False) -> Iterator[None]:
+    """A request to end is as ^C: what has begun is put back, then the process ends.
+
+    `changing`: something may have been changed by then; whoever changes it says what is left.
+    """
 
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
@@ -126,6 +131,10 @@ def ending_in_order() -> Iterator[None]:
         signal.signal(number, interrupt)
     try:
         yield
+    except KeyboardInterrupt as error:
+        if changing:
+            raise Interrupted(*error.args) from None
+        raise
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)

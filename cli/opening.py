@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from .options import Common
 
 __all__ = [
+    "cut_text",
     "missing_field",
     "missing_lines",
     "open_for",
     "open_tree_for",
     "refuse_writer",
+    "tell_cut",
     "tell_unfinished",
     "unfinished_field",
 ]
@@ -105,6 +107,22 @@ def missing_lines(*chains: Chain) -> list[str]:
 def missing_field(chain: Chain, name: str = "missing") -> dict[str, str]:
     """For JSON documents: the backing file that is missing and taken for zeroes, if any."""
     return {} if chain.missing is None else {name: absolute(chain.missing)}
+
+
+def tell_cut(*chains: Chain) -> None:
+    """For people, on stderr: data was read that lies beyond the end of a file."""
+    for path in dict.fromkeys(
+        layer.data.path for chain in chains for layer in chain.layers if layer.cut
+    ):
+        note(cut_text(path))
+
+
+def cut_text(path: Path) -> str:
+    """That data lies beyond the end of the file `path`."""
+    return (
+        f"{path}: data lies beyond the end of the file and reads as zeroes, as in qemu: the file "
+        "seems cut short; see 'qchain check'"
+    )
 
 
 def unfinished_field(journals: list[Path]) -> dict[str, list[str]]:

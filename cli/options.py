@@ -18,7 +18,7 @@ import typer
 
 from qchain.errors import Refused, UsageError
 
-from .output import OutputClosed
+from .output import OutputClosed, note
 
 if TYPE_CHECKING:
     from qchain.chain.gate import Gate
@@ -32,7 +32,10 @@ _MAX_SECRET = 1 << 20
 
 
 class Interrupted(BaseException):
-    """KeyboardInterrupt under a name that the option parser leaves alone."""
+    """KeyboardInterrupt under a name that the option parser leaves alone.
+
+    What it leaves is said by its arguments; without them nothing is said.
+    """
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,9 @@ class Common:
         """
         from qchain.chain.gate import Gate
 
+        for directory in self.allow or ():
+            if not directory.is_dir():
+                note(f"{directory}: is no directory, so --allow lets nothing be opened there")
         named = [Path(name) for name in os.environ.get("QCHAIN_ALLOW", "").split(":") if name]
         return Gate(
             allow=(*(self.allow or ()), *named),
@@ -165,9 +171,9 @@ class Point(Common):
 class Carrying:
     """The options of every command that merges: how it is done."""
 
-    engine: Annotated[
-        str, typer.Option("--engine", metavar="WHO", help="auto, qemu-img or native.")
-    ] = "auto"
+    engine: Annotated[str, typer.Option("--engine", metavar="WHO", help="auto or qemu-img.")] = (
+        "auto"
+    )
     scan: Annotated[
         list[Path] | None,
         typer.Option("--scan", metavar="DIR", help="Look here for other overlays (repeatable)."),
@@ -175,7 +181,7 @@ class Carrying:
     exact: Annotated[bool, typer.Option("--exact", help="Compare contents while planning.")] = False
     keep_files: Annotated[bool, typer.Option("--keep-files", help="Delete nothing.")] = False
     verify: Annotated[
-        str, typer.Option("--verify", metavar="MODE", help="moved, full, manifest or none.")
+        str, typer.Option("--verify", metavar="MODE", help="moved, full or none.")
     ] = "moved"
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the commands, change nothing.")
@@ -286,7 +292,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                     group.check()
             function(**values, **filled)
         except KeyboardInterrupt as error:
-            raise Interrupted(*error.args) from None
+            raise Interrupted(*(error.args or ("nothing was changed",))) from None
         except BrokenPipeError:
             raise OutputClosed from None
 

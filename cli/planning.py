@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,8 @@ __all__ = [
 
 Wanted: TypeAlias = "Callable[[ChainTree], tuple[Request, MergeOptions]]"
 """What is to be done to a tree, known once it is open."""
+
+_AT_RISK = {"none": "nothing", "dropped": "dropped"}
 
 _SHOWN = 5  # images of a group that are named in a drawing
 
@@ -125,10 +128,12 @@ def program() -> str:
 
 
 def save_plan(plan: Plan, path: Path) -> None:
-    """Save the plan, for `qchain apply`. Raises: as `save_json`."""
+    """Save the plan, for `qchain apply`, and tell so. Raises: as `save_json`."""
     from qchain.run.saved import saved_document
 
     save_json(saved_document(plan, program()), path)
+    if not plan.refusals:
+        note(f"plan written to {path}")
 
 
 def refuse(plan: Plan) -> None:
@@ -180,11 +185,21 @@ def show_plan(plan: Plan, stderr: bool = False) -> None:
         _show_group(out, plan, group, fields)
     if len(plan.refusals) > 1:
         out.print()
-        for line in plan.refusals:
+        # On a terminal stderr shows the first right below.
+        for line in plan.refusals[1 if _one_screen() else 0 :]:
             out.print(safe(f"refused: {line}"))
+    if plan.groups:
+        out.print()
+        out.print(safe(f"Times are {plan.model.source}."))
+        out.print(safe("At risk: points that a stop midway may spoil; kept ones never are."))
     if plan.steps and not stderr:
         out.print()
         out.print(safe(f"{len(plan.steps)} steps; --dry-run prints the commands."))
+
+
+def _one_screen() -> bool:
+    """Whether stdout and stderr are both a terminal, so that a line on either is seen."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr))
 
 
 def deleted_names(plan: Plan, group: GroupPlan) -> list[str]:
@@ -223,26 +238,37 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
     out.print()
     rows = []
     for candidate in group.candidates:
-        if candidate.feasible and candidate.target is not None:
+        if candidate.feasible:
             rows.append(
                 (
                     "*" if candidate is group.chosen else "",
                     candidate.strategy,
-                    names[candidate.target],
+                    "a new file" if candidate.target is None else names[candidate.target],
                     size_text(candidate.read_bytes),
                     size_text(candidate.write_bytes),
                     size_text(candidate.target_growth_bytes),
                     size_text(candidate.freed_bytes),
                     seconds_text(candidate.seconds),
+                    _AT_RISK[candidate.risk],
                 )
             )
     if rows:
-        heads = ("", "strategy", "into", "reads>", "writes>", "grows>", "frees>", "time>")
+        heads = (
+            "",
+            "strategy",
+            "into",
+            "reads>",
+            "writes>",
+            "grows>",
+            "frees>",
+            "time>",
+            "at risk",
+        )
         out.print(table(heads, rows))
     for candidate in group.candidates:
         asked_for = (candidate.reason or "").startswith("--strategy ")
-        if not candidate.feasible and not asked_for and candidate.target is not None:
-            into = names[candidate.target]
+        if not candidate.feasible and not asked_for:
+            into = "a new file" if candidate.target is None else names[candidate.target]
             text = f"  {candidate.strategy} into {into}: not possible: {candidate.reason}"
             out.print(safe(text))
     chosen = str(fields["why"])

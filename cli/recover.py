@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qchain.errors import UsageError
+from qchain.errors import UsageError, printable
 
 from .options import Common, command
 from .output import done_already, write, write_json
@@ -36,7 +37,6 @@ def recover(
     ] = False,
 ) -> None:
     """Finish merges that were stopped (exit 0: nothing is left to do)."""
-    from qchain.errors import printable
     from qchain.run.recover import journals_at, recover
 
     from .merge import ending_in_order
@@ -44,20 +44,25 @@ def recover(
     if give_up_dropped and not back:
         raise UsageError("--give-up-dropped", "goes with --back only", "add --back")
 
-    with ending_in_order(), common.reporter() as reporter:
-        done = recover(
-            journals_at(where), back=back, give_up_dropped=give_up_dropped, observer=reporter
-        )
-    with done_already("nothing is left to recover"):
-        if common.json:
-            write_json({"recovered": [_json(one) for one in done]})
-            return
-        for one in done:
-            write(f"{printable(one.active)}: {one.outcome}\n")
-            for path in one.altered:
-                write(f"{printable(path)}: no longer reads as before the merge\n")
-        if not done:
-            write("Nothing is unfinished.\n")
+    with ending_in_order(changing=True):
+        with common.reporter() as reporter:
+            done = recover(
+                journals_at(where), back=back, give_up_dropped=give_up_dropped, observer=reporter
+            )
+        with done_already("nothing is left to recover"):
+            if common.json:
+                write_json({"recovered": [_json(one) for one in done]})
+            else:
+                _show(done)
+
+
+def _show(done: Sequence[Recovered]) -> None:
+    for one in done:
+        write(f"{printable(one.active)}: {one.outcome}\n")
+        for path in one.altered:
+            write(f"{printable(path)}: no longer reads as before the merge\n")
+    if not done:
+        write("Nothing is unfinished.\n")
 
 
 def _json(one: Recovered) -> dict[str, Any]:

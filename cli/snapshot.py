@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qchain.errors import printable
 
 from .options import Common, command
-from .output import absolute, write, write_json
+from .output import absolute, note, write, write_json
+
+if TYPE_CHECKING:
+    from qchain.chain.chain import Chain
 
 __all__ = ["snapshot"]
+
+_SHOWN = 5  # overlays that are named
 
 
 @command
@@ -40,8 +45,15 @@ def snapshot(
     from .opening import open_for
 
     new = Path(name) if "/" in name else active.parent / name
-    with open_for(active, common) as chain, ending_in_order():
-        live = take_snapshot(chain, new, keep_active_name=keep_active_name)
+    with open_for(active, common) as chain:
+        others = [] if keep_active_name else _overlays(chain)
+        with ending_in_order(changing=True):
+            live = take_snapshot(chain, new, keep_active_name=keep_active_name)
+    if others:
+        note(
+            f"{active}: {_and(others)} back{'s' * (len(others) == 1)} on it already; "
+            f"{new.name} begins another branch"
+        )
     below = new if keep_active_name else active
     if common.json:
         write_json({"active": absolute(live), "backing": absolute(below)})
@@ -49,3 +61,22 @@ def snapshot(
         new_name, old = printable(live), printable(below)
         write(f"{new_name} is the live image from now on, for the guest to use; {old} keeps\n")
         write("what the guest had, and must not be written to any more.\n")
+
+
+def _overlays(chain: Chain) -> list[str]:
+    """The names of the overlays that the live image has already, in its directory."""
+    from qchain.chain.scan import Overlay, overlays_in
+
+    live = chain.active.file.id
+    return [
+        found.path.name
+        for found in overlays_in([chain.active.path.absolute().parent])
+        if isinstance(found, Overlay) and found.backing_id == live
+    ]
+
+
+def _and(names: list[str]) -> str:
+    """Names for a sentence, the first few of many."""
+    if len(names) > _SHOWN:
+        names = [*names[:_SHOWN], f"{len(names) - _SHOWN} more"]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -111,5 +111,8 @@ def _picture(images: list[TreeImage]) -> str:
 def _line(image: TreeImage) -> str:
     from .tables import size_text
 
-    size = f"{size_text(image.virtual_size)}, {size_text(image.disk_size)} on disk"
-    return f"{printable(image.path)}  ({image.format}, {size})"
+    size = f"{size_text(image.disk_size)} on disk"
+    if image.virtual_size is not None:
+        size = f"{size_text(image.virtual_size)}, {size}"
+    fmt = "format not recorded" if image.format == "unknown" else image.format
+    return f"{printable(image.path)}  ({fmt}, {size})"

@@ -3,7 +3,7 @@
 The public names of the library; importing the package itself imports nothing else:
 
     from qchain import Gate, open_chain, ownership
-    with open_chain(Path("disk.qcow2"), Gate()) as chain:
+    with open_chain("disk.qcow2", Gate(allow=("/templates",))) as chain:
         print(ownership(chain.layers))
 """
 

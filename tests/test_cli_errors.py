@@ -49,7 +49,6 @@ def written_by_qemu_io(path: Path, *options: str) -> Iterator[int]:
         (["plan", "x"], "--drop"),
         (["plan", "x", "--flatten", "--collapse"], "exactly one"),
         (["plan", "x", "--flatten", "--strategy", "hope"], "hope"),
-        (["merge", "x", "--flatten"], "--yes"),
     ],
 )
 def test_wrong_usage(arguments: list[str], words: str) -> None:
@@ -58,7 +57,7 @@ def test_wrong_usage(arguments: list[str], words: str) -> None:
     assert result.out == ""
 
 
-@pytest.mark.parametrize("name", ["copy", "domain", "fleet", "lab"])
+@pytest.mark.parametrize("name", ["domain", "fleet", "lab"])
 def test_commands_of_later_versions(name: str) -> None:
     line = run(name, "--anything", "x").fails(3)
     assert name in line and "later version" in line
@@ -227,7 +226,7 @@ def test_an_interrupt(tmp_path: Path) -> None:
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
     lines = [line for line in err.splitlines() if not line.startswith("{")]
-    assert (child.returncode, lines) == (130, ["qchain: interrupted"])
+    assert (child.returncode, lines) == (130, ["qchain: interrupted: nothing was changed"])
 
 
 def test_the_unexpected_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -266,11 +265,14 @@ def test_info_starts_quickly(tmp_path: Path) -> None:
     """Whole-process times are too noisy for a test: what must not be loaded is not."""
     path = build_chain(tmp_path, ["64k:A 64k:-"]).active
     code = (
-        "import sys\nfrom qchain_cli.main import main\n"
+        "import os, sys\nfrom qchain_cli.main import main\n"
         f"assert main(['info', {str(path)!r}]) == main(['info', '--json', {str(path)!r}]) == 0\n"
+        f"assert main(['compare', {str(path)!r}, {str(path)!r}]) == 0\n"
         "heavy = {'pydantic', 'rich', 'zstandard', 'cryptography', 'concurrent.futures',"
+        " 'construct', 'numpy.ma',"
         " 'logging', 'email', 'importlib.metadata', 'qchain_cli.merge', 'qchain_cli.map'}\n"
         "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
+        "assert len(os.listdir('/proc/self/task')) == 1, 'threads of BLAS'\n"
     )
     python = COMMAND.with_name("python")
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
@@ -289,3 +291,12 @@ def test_reading_leaves_no_trace(tmp_path: Path) -> None:
         assert path.stat().st_mtime_ns == status.st_mtime_ns
         assert path.read_bytes() == content
     assert sorted(tmp_path.iterdir()) == sorted(chain.paths)
+
+
+def test_a_directory_to_allow_that_is_none(tmp_path: Path) -> None:
+    path = build_chain(tmp_path, ["64k:A"]).active
+    result = run("chain", path, "--allow", tmp_path, "--allow", tmp_path / "nope")
+    assert result.code == 0
+    assert result.err == (
+        f"qchain: {tmp_path / 'nope'}: is no directory, so --allow lets nothing be opened there\n"
+    )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from pathlib import Path
 
 import pytest
-from cli_runner import run
+from cli_runner import command, run
 from hypothesis import HealthCheck, given, settings
 
 from fixtures.build import build_chain
 from fixtures.generate import chains
 from fixtures.language import LayerSpec
-from fixtures.oracle import raw_of
+from fixtures.oracle import qemu_img, raw_of
 
 LAYERS = [
     "256k:A 1M:- 250k:B 512:A",
@@ -61,3 +62,13 @@ def test_random_chains(layers: list[LayerSpec]) -> None:
 def test_an_algorithm_that_cannot_be(tmp_path: Path, algorithm: str) -> None:
     path = build_chain(tmp_path, ["64k:A"]).active
     assert algorithm in run("hash", "--algorithm", algorithm, path).fails(2)
+
+
+def test_a_hole_has_progress_too(tmp_path: Path) -> None:
+    """One hole as long as the disk: a third of a second of zeroes, and more than its two ends."""
+    path = tmp_path / "empty.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, "512M")
+    result = command("hash", "--progress", "json", path)
+    done = [event["done"] for event in map(json.loads, result.err.splitlines())]
+    assert done == sorted(done) and done[-1] == 512 << 20
+    assert any(0 < each < 512 << 20 for each in done)

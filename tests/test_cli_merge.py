@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 from pathlib import Path
 
@@ -63,6 +64,14 @@ def test_saved_plan(disk: Disk, tmp_path: Path) -> None:
     assert shown.items() <= json.loads(saved.read_text()).items()
     nowhere = tmp_path / "none" / "plan.json"
     assert str(nowhere) in run("plan", "-o", nowhere, *DROP, disk.active).fails(2)
+
+
+def test_where_the_plan_was_written(disk: Disk, tmp_path: Path) -> None:
+    saved = tmp_path / "plan.json"
+    for words in (("plan",), ("plan", "--json"), ("merge", "--yes")):
+        result = run(*words, "-o", saved, *DROP, disk.active)
+        assert result.code == 0 and result.err == f"qchain: plan written to {saved}\n"
+        assert json.loads(saved.read_text())["active"] == [str(disk.active)]
 
 
 def test_merge(disk: Disk) -> None:
@@ -149,20 +158,54 @@ def test_several_refusals_are_one_line(tmp_path: Path) -> None:
     ]
 
 
+def test_on_a_terminal_each_refusal_is_shown_once(tmp_path: Path) -> None:
+    disk = build(tmp_path / "d", LAYERS[:3])
+    for path in disk.paths[1:]:
+        subprocess.run(["qemu-img", "snapshot", "-c", "s", path], check=True)
+    listed = run("plan", "--json", "--flatten", disk.active).json["refusals"]
+    ours, theirs = pty.openpty()
+    words = [COMMAND, "merge", "--flatten", disk.active]
+    done = subprocess.run(words, stdin=theirs, stdout=theirs, stderr=theirs, check=False)
+    os.close(theirs)
+    seen = "".join(os.read(ours, 65536).decode().split())
+    os.close(ours)
+    assert done.returncode == 3 and len(listed) == 2
+    assert [seen.count("".join(line.split())) for line in listed] == [1, 1], seen
+    assert "[y/N]" not in seen
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--flatten", "--strategy", "copy"),
         ("--flatten", "--engine", "native"),
         ("--flatten", "--verify", "manifest"),
         ("--flatten", "--exact"),
-        ("--flatten", "second.qcow2"),
     ],
 )
 def test_what_comes_later_is_refused_by_name(disk: Disk, arguments: tuple[str, ...]) -> None:
     for name, extra in (("plan", ()), ("merge", ("--yes",))):
         line = run(name, *extra, disk.active, *arguments).fails(3)
         assert "version" in line and arguments[-1] in line
+    untouched(disk)
+
+
+@pytest.mark.parametrize("name", ["plan", "merge", "commit", "pull"])
+def test_the_help_promises_nothing_that_comes_later(name: str) -> None:
+    words = run(name, "--help").out
+    assert "--engine" in words and "qemu-img" in words and "moved, full or none" in words
+    assert "native" not in words and "manifest" not in words
+
+
+def test_a_mistake_is_told_before_the_question(disk: Disk) -> None:
+    """Without --yes and without a terminal: first what no --yes would help."""
+    merge = ("merge", disk.active)
+    assert "other.qcow2" in command(*merge, "--drop", "other.qcow2").fails(2)
+    assert "none.qcow2" in command("merge", disk.directory / "none.qcow2", "--flatten").fails(4)
+    subprocess.run(["qemu-img", "snapshot", "-c", "s", disk.paths[1]], check=True)
+    assert "internal snapshot" in command(*merge, *DROP).fails(3)
+    subprocess.run(["qemu-img", "snapshot", "-d", "s", disk.paths[1]], check=True)
+    for name, words in (("merge", DROP), ("commit", ()), ("pull", ())):
+        assert "add --yes" in command(name, disk.active, *words).fails(2)
     untouched(disk)
 
 
@@ -255,3 +298,36 @@ def test_a_plan_may_be_written_over_an_older_one(tmp_path: Path) -> None:
     active = build(tmp_path, ["64k:A", "64k:B", "64k:C"]).active
     for _ in range(2):
         assert run("plan", active, "--flatten", "-o", tmp_path / "p.json").code == 0
+
+
+def test_interrupted_before_the_first_write(disk: Disk) -> None:
+    """While it asks, and while it makes sure that it is alone."""
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(
+        [COMMAND, "merge", *DROP, disk.active],
+        stdin=theirs,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(theirs)
+    assert child.stderr is not None
+    seen = ""
+    while "[y/N]" not in seen:
+        seen += child.stderr.read(1)
+    child.send_signal(signal.SIGINT)
+    rest = child.communicate(timeout=60)[1]
+    os.close(ours)
+    assert child.returncode == 130
+    assert rest.splitlines()[-1] == "qchain: interrupted: nothing was changed"
+    untouched(disk)
+
+
+def test_interrupted_while_it_takes_the_locks(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qchain.run.execute._unchanged", interrupt)
+    line = run("merge", "--yes", *DROP, disk.active).fails(130)
+    assert line == "qchain: interrupted: nothing was changed"
+    untouched(disk)

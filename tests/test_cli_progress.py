@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import io
+import os
+import pty
 import re
+import select
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+from cli_runner import COMMAND
 from qchain_cli import progress
+
+from fixtures.oracle import qemu_img
+
+BAR = re.compile(rb"hashing .*[0-9] %.* .B/s.*[0-9]:[0-9]{2}:[0-9]{2}", re.DOTALL)
 
 
 class Terminal(io.StringIO):
@@ -49,3 +60,24 @@ def test_nobody_listens_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
             raise BrokenPipeError
 
     shown(monkeypatch, Broken(), 0.0)
+
+
+def test_the_real_command_on_a_real_terminal(tmp_path: Path) -> None:
+    """What takes longer than two seconds has a bar with rate and time left: here one long hole."""
+    path = tmp_path / "empty.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1T")
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen([COMMAND, "hash", path], stderr=theirs, stdout=subprocess.DEVNULL)
+    os.close(theirs)
+    seen = b""
+    begun = time.monotonic()
+    try:
+        while time.monotonic() - begun < 30 and not BAR.search(seen):
+            if select.select([ours], [], [], 1)[0]:
+                seen += os.read(ours, 65536)
+        assert BAR.search(seen), seen
+        assert time.monotonic() - begun >= progress._PATIENCE
+    finally:
+        child.kill()
+        child.wait()
+        os.close(ours)

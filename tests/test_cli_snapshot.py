@@ -151,3 +151,19 @@ def test_stopped_after_the_link_and_repeated(
     result = run("snapshot", disk.active, "--name", "b.qcow2", "--keep-active-name")
     assert result.code == 0, result.err
     disk.expect({"base.qcow2": "base.qcow2", "b.qcow2": "live.qcow2", "live.qcow2": "live.qcow2"})
+
+
+def test_a_second_branch_is_pointed_out(tmp_path: Path) -> None:
+    disk = made(tmp_path / "d")
+    result = run("snapshot", disk.active, "--name", "s1.qcow2")
+    assert (result.code, result.err) == (0, "")
+    result = run("snapshot", disk.active, "--name", "s2.qcow2", "--json")
+    assert result.code == 0 and result.json["backing"] == str(disk.active)
+    assert result.err == (
+        f"qchain: {disk.active}: s1.qcow2 backs on it already; s2.qcow2 begins another branch\n"
+    )
+    for name in ("a", "b", "c", "d"):
+        live = disk.active.name
+        qemu_img("create", "-q", "-f", "qcow2", "-b", live, "-F", "qcow2", disk.directory / name)
+    result = run("snapshot", disk.active, "--name", "s3.qcow2")
+    assert result.code == 0 and "a, b, c, d, s1.qcow2 and 1 more back on it already;" in result.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from fixtures.language import LayerLike, LayerSpec, resolve_sizes
 from fixtures.oracle import qemu_compare, qemu_img, qemu_io, qemu_map, raw_of
 from fixtures.shadow import shadow_points, shadow_tree
 from qchain.chain.chain import open_chain
+from qchain.chain.parallel import workers
 from qchain.errors import DataError, Unsupported
 from qchain.hostfile import HostFile
 from qchain.verify.compare import Comparison, compare
@@ -352,6 +354,29 @@ def count_same() -> int:
     """Of the first 4096 bytes, those that patterns A and B have in common."""
     a, b = shadow_points(["4k:A"])[0], shadow_points(["4k:B"])[0]
     return len(a) - int(np.count_nonzero(unequal(a, b)))
+
+
+def test_one_stream_over_and_over_needs_no_memory(tmp_path: Path) -> None:
+    """Every cluster of a table leads to one compressed stream: a run of 512 MiB."""
+    built = build_chain(tmp_path / "a", ["[size=512M] 64k:a"])
+    raw = bytearray(built.base.read_bytes())
+    l1 = int.from_bytes(raw[40:48], "big")
+    table = int.from_bytes(raw[l1 : l1 + 8], "big") & (1 << 56) - 512
+    assert raw[table] & 0x40, "compressed"
+    raw[table : table + 65536] = raw[table : table + 8] * 8192
+    built.base.write_bytes(raw)
+    copy = tmp_path / "copy"
+    copy.write_bytes(raw)
+    tracemalloc.start()
+    try:
+        with open_chain(built.base) as left, open_chain(copy) as right:
+            found = compare(left.layers, right.layers)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.identical
+    assert found.compared_bytes == 512 << 20
+    assert peak < (16 + 12 * workers()) << 20
 
 
 def test_damage_is_an_error_not_a_difference(tmp_path: Path) -> None:

@@ -41,6 +41,9 @@ CASES = [
     for drop, lines in ((("a", "b"), RAW), (("base", "a", "b"), LINES))
 ] + [
     ("auto", "lowest", ("base", "b"), LINES),
+    ("copy", "kept", ("a", "b"), RAW),
+    ("copy", "lowest", ("a", "b"), LINES),
+    ("copy", "kept", ("base", "a", "b"), LINES),
     ("commit", "lowest", ("base",), RAW),
     ("pull", "lowest", ("a",), RAW),
     ("commit", "kept", ("base", "a", "b"), RAW),

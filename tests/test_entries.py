@@ -148,8 +148,9 @@ def test_allocation_standard(cluster_bits: int, data: st.DataObject, data_file: 
         e.compressed or z or has_host(e, data_file) for e, z in zip(parsed, zero, strict=True)
     ]
     assert allocated_standard(raw, data_file=data_file).tolist() == allocated
-    found = zero_standard(raw)
+    found, packed = zero_standard(raw)
     assert (found.tolist() if found is not None else [False] * len(words)) == zero
+    assert packed == any(entry.compressed for entry in parsed)
 
 
 @pytest.mark.parametrize("cluster_bits", range(14, 22))

@@ -177,5 +177,5 @@ def test_nothing_stays_when_it_is_stopped(tmp_path: Path, number: signal.Signals
         assert event["done"] < event["total"] and out.exists()
         process.send_signal(number)
         rest = process.stderr.read().splitlines()
-    assert process.returncode == 130 and rest[-1] == "qchain: interrupted"
+    assert process.returncode == 130 and rest[-1] == "qchain: interrupted: nothing was changed"
     assert [path.name for path in tmp_path.iterdir()] == [image.name]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,10 @@ import pytest
 from fixtures.build import build_chain
 from fixtures.oracle import qemu_img, raw_of
 from qchain.chain.chain import FormatNotRecorded, open_chain
-from qchain.chain.gate import Gate
+from qchain.chain.gate import Gate, Places
 from qchain.chain.reader import read
 from qchain.chain.scan import overlays_in
-from qchain.errors import ExitCode, ImageError, NotAllowed, QchainError, Unsupported
+from qchain.errors import ExitCode, ImageError, NotAllowed, QchainError, Unsupported, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -158,6 +159,25 @@ def test_symbolic_links_are_judged_by_where_they_lead(tmp_path: Path) -> None:
     (tmp_path / "alias").symlink_to("pool")
     image(tmp_path / "pool" / "base")
     assert len(opens(image(own / "top3", "../pool/base"), Gate(allow=(tmp_path / "alias",)))) == 2
+
+
+def test_places_are_real_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked in any order, whatever is known of the directories already."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").touch()
+    for name, target in {
+        "a/up": "..", "a/b/self": "self", "a/b/there": "../back", "a/back": "b/there",
+        "dir": "a/b", "a/b/hop": "../../dir/file", "a/none": "nowhere/at/all", "a/root": "/",
+    }.items():  # fmt: skip
+        (tmp_path / name).symlink_to(target)
+    tails = ["", ".", "..", "file", "self", "there", "hop", "none", "up", "n" * 300, "file/x"]
+    heads = ["", "a", "a/b", "dir", "a/up", "a/b/..", "dir/../b", "a/root/tmp", "a/b/self", "a//b"]
+    monkeypatch.chdir(tmp_path)
+    for base in (tmp_path, Path()):
+        places = Places()
+        for head, tail in itertools.product(heads, tails * 2):
+            path = base / head / tail
+            assert places.real(path) == os.path.realpath(path)
 
 
 def test_active_image_by_symbolic_link(tmp_path: Path) -> None:
@@ -511,3 +531,30 @@ def test_missing_may_read_as_zeroes(tmp_path: Path) -> None:
     built.base.unlink()
     os.mkfifo(built.base)
     refused(built.active, Gate(missing_zero=True))
+
+
+class Named:
+    """A path that is neither a string nor a Path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+@pytest.mark.parametrize("kind", [str, Path, Named])
+def test_names_of_every_kind(tmp_path: Path, kind: Callable[[Path], str]) -> None:
+    base = image(tmp_path / "elsewhere" / "base.qcow2")
+    top = image(tmp_path / "here" / "top.qcow2", str(base))
+    with pytest.raises(NotAllowed):
+        open_chain(kind(top))
+    lost = image(tmp_path / "here" / "lost.qcow2", "/gone/base.qcow2")
+    for overlay, gate in (
+        (top, Gate(allow=(kind(base.parent),))),
+        (lost, Gate(search=(kind(base.parent),))),
+    ):
+        with open_chain(kind(overlay), gate) as chain:
+            assert [layer.path for layer in chain.layers] == [overlay, base]
+    with pytest.raises(UsageError, match="one name"):
+        Gate(allow=str(tmp_path))  # type: ignore[arg-type]

@@ -19,7 +19,17 @@ from qchain.hostfile import HostFile
 from qchain.qcow2 import structures
 from qchain.qcow2.bitmaps import read_bitmaps
 from qchain.qcow2.header import Header, read_header
-from qchain.qcow2.heads import BitmapHead, SnapshotHead, snapshot_extra
+from qchain.qcow2.heads import (
+    BitmapHead,
+    BitmapsExtension,
+    HeaderTail,
+    HeaderV2,
+    LuksPointer,
+    SnapshotHead,
+    extension_head,
+    feature_name,
+    snapshot_extra,
+)
 from qchain.qcow2.refcounts import (
     BadBlock,
     decode_refcounts,
@@ -173,21 +183,34 @@ def test_feature_names(tmp_path: Path) -> None:
     assert names[2, 1] == "raw external data"
 
 
-def test_names_beyond_the_first_read(tmp_path: Path) -> None:
-    """A 2 MiB cluster: an extension and the name lie beyond the first 64 KiB."""
+@pytest.mark.parametrize(
+    ("cluster", "length", "name_at"),
+    [
+        ("2M", 100_000, 2_000_000),
+        # Around the first 4 KiB: the extension, the head of the next one, the name.
+        *(("64k", 3976 + more, 8192) for more in (-24, -16, -8, 0, 8)),
+        *(("64k", 8, 4096 + more) for more in (-1024, -1023, -5, -4, -1, 0, 1)),
+    ],
+)
+def test_names_beyond_the_first_read(
+    tmp_path: Path, cluster: str, length: int, name_at: int
+) -> None:
+    """An extension and the name lie beyond what is read at first."""
     image = tmp_path / "image"
-    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", image, "1M")
+    qemu_img("create", "-q", "-f", "qcow2", "-o", f"cluster_size={cluster}", image, "1M")
     raw = bytearray(image.read_bytes())
-    first = (0xABCD0001).to_bytes(4, "big") + (100_000).to_bytes(4, "big") + b"x" * 100_000
+    data = b"x" * length
+    first = (0xABCD0001).to_bytes(4, "big") + length.to_bytes(4, "big") + data
     second = b"\xe2\x79\x2a\xca" + (3).to_bytes(4, "big") + b"raw\0\0\0\0\0" + bytes(8)
     raw[112 : 112 + len(first + second)] = first + second
-    raw[8:20] = (2_000_000).to_bytes(8, "big") + (5).to_bytes(4, "big")
-    raw[2_000_000:2_000_005] = b"b.raw"
+    raw[8:20] = name_at.to_bytes(8, "big") + (5).to_bytes(4, "big")
+    raw[name_at : name_at + 5] = b"b.raw"
     image.write_bytes(raw)
     qemu_img("create", "-q", "-f", "raw", tmp_path / "b.raw", "1M")
     header = same_as_qemu(image)
     assert header.backing_name == "b.raw"
-    assert header.extensions[0].data == b"x" * 100_000
+    assert header.backing_format == "raw"
+    assert header.extensions[0].data == data
 
 
 @pytest.mark.parametrize("compat", ["0.10", "1.1"])
@@ -474,6 +497,24 @@ def test_heads_are_those_declared(raw: bytes, length: int) -> None:
     assert (found.in_use, found.auto, found.extra_data_compatible, found.reserved) == (
         flags["in_use"], flags["auto"], flags["extra_data_compatible"], flags["reserved"] << 3
     )  # fmt: skip
+
+
+@given(raw=st.binary(min_size=72, max_size=72))
+@settings(deadline=None)
+def test_headers_and_extensions_are_those_declared(raw: bytes) -> None:
+    start = structures.MAGIC + raw[4:]
+    assert HeaderV2.parse(start)._asdict() == plain(structures.HEADER_V2.parse(start))
+    tail = plain(structures.HEADER_V3_TAIL.parse(raw[:40]))
+    del tail["padding"]
+    assert HeaderTail.parse(raw[:40])._asdict() == tail
+    assert extension_head(raw[:8]) == tuple(
+        plain(structures.EXTENSION_HEAD.parse(raw[:8])).values()
+    )
+    name = plain(structures.FEATURE_NAME.parse(raw[:48]))
+    assert feature_name(raw[:48]) == tuple(name.values())
+    assert LuksPointer.parse(raw[:16])._asdict() == plain(structures.LUKS_POINTER.parse(raw[:16]))
+    bitmaps = plain(structures.BITMAPS_EXTENSION.parse(raw[:24]))
+    assert BitmapsExtension.parse(raw[:24])._asdict() == bitmaps
 
 
 @given(words=st.binary(min_size=8, max_size=8))

@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from cli_runner import run
+from cli_runner import command, run
 from hypothesis import HealthCheck, given, settings
 
 from fixtures.build import build_chain
@@ -259,3 +259,18 @@ def test_a_whole_image_without_leaks(tmp_path: Path) -> None:
     path = image_of(tmp_path)
     assert ranges_of(path) == []
     assert run("leaks", path).out == "0 B leaked, 0 B free, 0 B slack\n"
+
+
+def test_progress_of_one_long_range(tmp_path: Path) -> None:
+    path = image_of(tmp_path)
+    with path.open("ab") as stream:
+        for _ in range(16):
+            stream.write(random.Random(1).randbytes(16 << 20))
+    told = command("leaks", "--progress", "json", path)
+    assert told.code == 0
+    events = [json.loads(line) for line in told.err.splitlines() if line.startswith("{")]
+    looking = [event for event in events if event["step"] == "looking"]
+    (total,) = {event["total"] for event in looking}
+    done = [event["done"] for event in looking]
+    assert done == sorted(done) and done[-1] == total >= 256 << 20
+    assert any(0 < each < total for each in done)

@@ -28,7 +28,7 @@ SLOW = settings(
 @given(
     layers=chains(min_layers=2, max_layers=5),
     picks=st.lists(st.booleans(), min_size=5, max_size=5),
-    strategy=st.sampled_from(["auto", "pull", "commit", "both"]),
+    strategy=st.sampled_from(["auto", "pull", "commit", "both", "copy"]),
     names=st.sampled_from(["kept", "lowest", "target"]),
     verify=st.sampled_from(["moved", "full"]),
 )

@@ -459,7 +459,7 @@ def test_a_strategy_that_is_not_possible(tmp_path: Path, case: Impossible) -> No
 
 @pytest.mark.parametrize(
     "asked",
-    [{"strategy": "copy"}, {"engine": "native"}, {"verify": "manifest"}, {"exact": True}],
+    [{"engine": "native"}, {"verify": "manifest"}, {"exact": True}],
     ids=str,
 )
 def test_what_comes_with_later_versions_is_refused_by_name(asked: dict[str, Any]) -> None:

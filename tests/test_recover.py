@@ -34,6 +34,8 @@ CASES = [
     (("base.qcow2", "l2.qcow2"), "pull", "lowest"),
     (("base.qcow2", "l1.qcow2", "l2.qcow2"), "pull", "kept"),
     (("l1.qcow2", "l2.qcow2"), "commit", "target"),
+    (("l1.qcow2", "l2.qcow2"), "copy", "kept"),
+    (("base.qcow2", "l2.qcow2"), "copy", "lowest"),
 ]
 
 

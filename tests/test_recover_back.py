@@ -193,11 +193,11 @@ def test_an_interrupted_merge_says_it(disk: Disk, tmp_path: Path, number: int) -
     assert {p.name for p in disk.directory.iterdir()} == {p.name for p in disk.paths}
 
 
-def test_an_interruption_that_alters_nothing_has_nothing_to_say(disk: Disk) -> None:
+def test_an_interruption_that_alters_nothing_says_so(disk: Disk) -> None:
     def interrupt(_step: Step) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as caught:
         disk.merge(BOTH, MergeOptions(strategy="commit"), before_step=interrupt)
-    assert caught.value.args == ()
+    assert caught.value.args == ("every point reads as before; merge again",)
     assert different(disk) == []

@@ -152,3 +152,22 @@ def test_hostile_names_stay_on_their_line(tmp_path: Path) -> None:
     build_chain(tmp_path, ["64k:A", "64k:B"], names=["a\x1b[2J\nb.qcow2", "c\u202ed.qcow2"])
     out = run("tree", tmp_path).out
     assert len(out.splitlines()) == 2 and all(line.isprintable() for line in out.splitlines())
+
+
+def test_a_size_that_nothing_tells_is_not_shown(tmp_path: Path) -> None:
+    """A backing file of no recorded format, or outside of what is looked through: not opened."""
+    (tmp_path / "raw").write_bytes(bytes(64 * K))
+    outside = build_chain(tmp_path / "outside", ["64k:A"]).active
+    where = tmp_path / "here"
+    where.mkdir()
+    path = where / "a.qcow2"
+    qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", "../raw", "-F", "raw", path, "64k")
+    # The extension with the format becomes an unknown one.
+    path.write_bytes(path.read_bytes().replace(bytes.fromhex("e2792aca"), b"\x01\x02\x03\x04"))
+    qemu_img("create", "-q", "-f", "qcow2", "-b", outside, "-F", "qcow2", where / "b.qcow2")
+    found = images_of(where)
+    assert found["raw"]["virtual_size"] is None and found["raw"]["format"] == "unknown"
+    assert found[outside.name]["virtual_size"] is None
+    text = run("tree", where).out
+    assert " 0 B," not in text and "/raw  (format not recorded, " in text
+    assert f"{outside}  (qcow2, " in text and "b.qcow2  (qcow2, 64.0 KiB, " in text

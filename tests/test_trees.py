@@ -178,7 +178,7 @@ def test_the_order_has_the_least_peak(
 @given(
     tree=trees(),
     picks=st.lists(st.booleans(), min_size=7, max_size=7),
-    strategy=st.sampled_from(["auto", "auto", "pull", "commit", "both"]),
+    strategy=st.sampled_from(["auto", "auto", "pull", "commit", "both", "copy"]),
     names=st.sampled_from(["kept", "lowest", "target"]),
     prefer=st.sampled_from(["time", "writes", "space"]),
 )
@@ -272,8 +272,10 @@ def killed_before(disk: Disk, tops: list[Path], options: MergeOptions, number: i
 
 
 @pytest.mark.parametrize("names", ["kept", "lowest", "target"])
-@pytest.mark.parametrize("strategy", ["auto", "pull"])
+@pytest.mark.parametrize("strategy", ["auto", "pull", "copy"])
 def test_killed_between_steps_and_recovered(tmp_path: Path, names: str, strategy: str) -> None:
+    if (names, strategy) == ("target", "copy"):
+        strategy = "pull"  # a copy has no name of its own
     options = MergeOptions(names=names, strategy=strategy)
     stride = 1 if "QCHAIN_TORTURE" in os.environ else 5
     number, count = len(names + strategy) % stride, None

@@ -8,7 +8,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
-from qchain.chain.gate import Gate
+from qchain.chain.gate import Gate, Places
 from qchain.chain.layer import Layer, Qcow2Layer, RawLayer
 from qchain.chain.names import resolve_backing, resolve_name
 from qchain.errors import ImageError, NotAllowed, QchainError, Unsupported
@@ -119,7 +119,7 @@ def open_layer(
 
 
 def open_chain(
-    path: Path,
+    path: str | os.PathLike[str],
     gate: Gate | None = None,
     fmt: str | None = None,
     snapshot: str | None = None,
@@ -135,7 +135,8 @@ def open_chain(
     Raises: `ImageError` (missing, invalid, a loop, too deep), `NotAllowed`,
         `FormatNotRecorded`, `Unsupported`. Nothing stays open then.
     """
-    gate = gate or Gate()
+    path, gate = Path(path), gate or Gate()
+    places = Places()
     opened: list[HostFile] = []
     layers: list[Layer] = []
     seen: dict[FileId, Path] = {}
@@ -158,9 +159,9 @@ def open_chain(
                 raise ImageError(path, f"the chain is deeper than {gate.max_depth} images")
             _make_room(len(layers))
             below = resolve_backing(layer.backing.name, layer.backing.format, current)
-            where = gate.locate(below.path, path)
+            where = gate.locate(below.path, path, places)
             try:
-                file = _open_below(gate, where, path, current)
+                file = _open_below(gate, where, path, current, places)
             except MissingFile:
                 if gate.missing_zero:
                     return Chain(tuple(layers), missing=where)
@@ -191,9 +192,9 @@ def _loop(culprit: Layer, above: Path) -> ImageError:
     )
 
 
-def _open_below(gate: Gate, where: Path, named: Path, overlay: Path) -> HostFile:
+def _open_below(gate: Gate, where: Path, named: Path, overlay: Path, places: Places) -> HostFile:
     try:
-        return gate.open_referenced(where, named)
+        return gate.open_referenced(where, named, places)
     except ImageError as error:
         # Evidence names directories of another machine, which the gate keeps shut.
         elsewhere = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qchain.chain.layer import Layer, Qcow2Layer
+from qchain.chain.layer import Cells, Layer, Qcow2Layer
 from qchain.chain.ownership import layer_masks
 from qchain.chain.parallel import in_order
 from qchain.chain.resolve import mask_windows, windows
@@ -19,10 +19,11 @@ __all__ = ["ClusterCounts", "count_clusters", "owned_by_region"]
 
 @dataclass(frozen=True, slots=True)
 class ClusterCounts:
-    """Guest clusters of one image alone; `total` is the sum of all the others.
+    """Guest clusters of one image alone; `total` is the sum of all kinds.
 
     With subclusters a cluster is `data` if any of its subclusters is, else `zero` if any
-    is. `invalid`: the L2 entry breaks the format.
+    is. `invalid`: the L2 entry breaks the format. `beyond`: of `data`, those that reach
+    beyond the end of the file, where they read as zeroes.
     """
 
     total: int
@@ -31,6 +32,7 @@ class ClusterCounts:
     compressed: int
     unallocated: int
     invalid: int
+    beyond: int = 0
 
 
 def count_clusters(
@@ -44,12 +46,13 @@ def count_clusters(
     """
     per_cluster = layer.cluster_size // layer.granularity
 
-    def window(span: tuple[int, int]) -> npt.NDArray[np.int64]:
+    def window(span: tuple[int, int]) -> tuple[npt.NDArray[np.int64], int]:
         cells = layer.cells(*span)
         if cells is None:
-            return np.zeros(len(Kind), np.int64)
+            return np.zeros(len(Kind), np.int64), 0
+        beyond = _beyond(layer, span[0], cells)
         if per_cluster == 1:
-            return np.bincount(cells.kind, minlength=len(Kind))
+            return np.bincount(cells.kind, minlength=len(Kind)), beyond
         kinds = cells.kind.reshape(-1, per_cluster)
         # The worst or the most solid state of a cluster's subclusters speaks for it.
         out = np.zeros(len(Kind), np.int64)
@@ -58,12 +61,13 @@ def count_clusters(
             has = (kinds == kind).any(axis=1) & left
             out[kind] = np.count_nonzero(has)
             left &= ~has
-        return out
+        return out, beyond
 
-    sums = np.zeros(len(Kind), np.int64)
+    sums, beyond = np.zeros(len(Kind), np.int64), 0
     spans = list(windows([layer]))
-    for span, counts in zip(spans, in_order(window, spans), strict=True):
+    for span, (counts, more) in zip(spans, in_order(window, spans), strict=True):
         sums += counts
+        beyond += more
         if progress is not None:
             progress(span[1], layer.size)
     total = -(-layer.size // layer.cluster_size)
@@ -71,7 +75,27 @@ def count_clusters(
     data, zero, packed, bad = (
         found[kind] for kind in (Kind.DATA, Kind.ZERO, Kind.COMPRESSED, Kind.INVALID)
     )
-    return ClusterCounts(total, data, zero, packed, total - data - zero - packed - bad, bad)
+    rest = total - data - zero - packed - bad
+    return ClusterCounts(total, data, zero, packed, rest, bad, beyond)
+
+
+def _beyond(layer: Qcow2Layer, start: int, cells: Cells) -> int:
+    """Clusters of the window from `start` on whose data reaches beyond the end of the file."""
+    if layer.data_file is not None:
+        return 0
+    end = layer.file.size
+    # Without a sign, no host is -1: mostly one look at the greatest is enough.
+    host = cells.host.view(np.int64)
+    if int(host.max()) + cells.unit <= end:
+        return 0
+    past = (cells.kind == Kind.DATA) & (host > end - cells.unit)
+    # Of the disk's last cluster only what the guest sees counts.
+    last = (layer.size - start - 1) // cells.unit
+    past[last + 1 :] = False
+    if last < len(past) and past[last]:
+        past[last] = int(host[last]) + layer.size - (start + last * cells.unit) > end
+    per_cluster = layer.cluster_size // cells.unit
+    return int(np.count_nonzero(past.reshape(-1, per_cluster).any(axis=1)))
 
 
 def owned_by_region(layers: Sequence[Layer], regions: int) -> npt.NDArray[np.float64]:

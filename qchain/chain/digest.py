@@ -31,7 +31,9 @@ def digest(
         raise UsageError(algorithm, "no such digest algorithm", f"one of: {known}") from None
     if not state.digest_size:
         raise UsageError(algorithm, "has no fixed length", "use sha256 or another fixed one")
-    for piece in pieces(layers, progress=progress):
+    size = layers[0].size
+    for piece in pieces(layers):
+        end = piece.start + piece.length
         if piece.data is not None:
             state.update(piece.data.data)
         else:
@@ -39,4 +41,9 @@ def digest(
             while left:
                 state.update(memoryview(_ZEROES)[: min(left, len(_ZEROES))])
                 left -= min(left, len(_ZEROES))
+                # A hole may be as long as the disk.
+                if progress is not None:
+                    progress(end - left, size)
+        if progress is not None:
+            progress(end, size)
     return state.hexdigest()

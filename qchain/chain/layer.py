@@ -78,19 +78,21 @@ class Masks:
     """Allocation of consecutive cells of `unit` bytes.
 
     `allocated`: shape (n,), zero clusters included (a hole of a raw image is not
-    allocated). `zero`: shape (n,), or None where no cell is a zero cluster.
+    allocated). `zero`: shape (n,), or None where no cell is a zero cluster. `packed`:
+    whether any cell may be compressed (told along with `zero` only).
     """
 
     unit: int
     allocated: npt.NDArray[np.bool_]
     zero: npt.NDArray[np.bool_] | None
+    packed: bool = True
 
 
 class Layer(Protocol):
     """What the rest of the library knows of a layer, whatever its format.
 
     `size` is the virtual size in bytes; `terminal` says that nothing below can
-    show through (raw).
+    show through (raw); `cut` that data was read which lies beyond the end of its file.
     """
 
     path: Path
@@ -99,6 +101,7 @@ class Layer(Protocol):
     size: int
     granularity: int
     terminal: bool
+    cut: bool
     backing: Backing | None
     header: Header | None
 
@@ -130,10 +133,13 @@ class Layer(Protocol):
         ...
 
 
-def _read_whole(file: HostFile, view: memoryview, offset: int) -> None:
+def _read_whole(file: HostFile, view: memoryview, offset: int) -> bool:
+    """Fill `view`, with zeroes beyond the end of the file; whether it held everything."""
     done = file.pread_into(view, offset)
     if done < len(view):
         view[done:] = bytes(len(view) - done)
+        return False
+    return True
 
 
 class Qcow2Layer:
@@ -141,6 +147,7 @@ class Qcow2Layer:
 
     format = "qcow2"
     terminal = False
+    cut = False
 
     def __init__(
         self,
@@ -180,7 +187,8 @@ class Qcow2Layer:
 
     def read_data(self, view: memoryview, offset: int) -> None:
         if self.cipher is None:
-            _read_whole(self.data, view, offset)
+            if not _read_whole(self.data, view, offset):
+                self.cut = True
         else:
             self.cipher.read_into(view, offset, self.data)
 
@@ -243,6 +251,7 @@ class Qcow2Layer:
         if raw is None:
             return None
         zero = None
+        packed = True
         if self.extended:
             allocated = allocated_extended(raw)
             if zeroes:
@@ -251,9 +260,10 @@ class Qcow2Layer:
             external = self.data_file is not None
             allocated = allocated_standard(raw, data_file=external, overwrite=True)
             if zeroes:
-                zero = zero_standard(raw)
+                zero, packed = zero_standard(raw)
         skip = (start - (first << self.cluster_bits)) // self.granularity
-        return Masks(self.granularity, allocated[skip:], None if zero is None else zero[skip:])
+        zero = None if zero is None else zero[skip:]
+        return Masks(self.granularity, allocated[skip:], zero, packed)
 
 
 class RawLayer:
@@ -261,6 +271,7 @@ class RawLayer:
 
     format = "raw"
     terminal = True
+    cut = False
     header: Header | None = None
     backing: Backing | None = None
 
@@ -314,4 +325,4 @@ class RawLayer:
         allocated = np.zeros((end - start) // unit, bool)
         for low, high in found:
             allocated[(low - start) // unit : (high - start) // unit] = True
-        return Masks(unit, allocated, None)
+        return Masks(unit, allocated, None, packed=False)

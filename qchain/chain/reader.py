@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 
 import numpy as np
 import numpy.typing as npt
 
 from qchain.chain.layer import Layer, Qcow2Layer
-from qchain.chain.parallel import thread_pool, workers
+from qchain.chain.parallel import ahead, workers
 from qchain.chain.resolve import Runs, runs
 from qchain.errors import DataError, Unsupported
+from qchain.memory import aligned
 from qchain.qcow2.compression import decompress
 from qchain.qcow2.entries import Kind, compressed_location
 
@@ -93,11 +95,11 @@ def read(layers: Sequence[Layer], start: int, length: int) -> bytes:
     end = min(start + length, layers[0].size)
     if end <= start:
         return b""
-    out = bytearray(end - start)
-    view = memoryview(out)
+    out = aligned(end - start)
+    view = memoryview(out.data)
     for table in runs(layers, start, end):
         fill(layers, table, view, table.start - start)
-    return bytes(out)
+    return out.tobytes()
 
 
 class Piece:
@@ -146,28 +148,17 @@ def pieces(
     require_content(layers)
     size = layers[0].size if end is None else min(end, layers[0].size)
 
-    def load(low: int, high: int, part: Runs) -> Piece:
-        data = np.empty(high - low, np.uint8)
+    def load(cut: tuple[int, int, Runs | None]) -> Piece:
+        low, high, part = cut
+        if part is None:
+            return Piece(low, high - low, None)
+        data = aligned(high - low)
         fill(layers, part, memoryview(data.data), part.start - low)
         return Piece(low, high - low, data)
 
-    waiting: list[Future[Piece] | Piece] = []
-    with thread_pool() as pool:
-
-        def take() -> Piece:
-            first = waiting.pop(0)
-            piece = first if isinstance(first, Piece) else first.result()
+    cuts = itertools.chain.from_iterable(map(_cut, runs(layers, start, end)))
+    with contextlib.closing(ahead(load, cuts, workers() + 1)) as loaded:
+        for piece in loaded:
             if progress is not None:
                 progress(piece.start + piece.length, size)
-            return piece
-
-        for table in runs(layers, start, end):
-            for low, high, part in _cut(table):
-                if part is None:
-                    waiting.append(Piece(low, high - low, None))
-                else:
-                    waiting.append(pool.submit(load, low, high, part))
-                while len(waiting) > 2 * workers() + 2:
-                    yield take()
-        while waiting:
-            yield take()
+            yield piece

@@ -17,7 +17,7 @@ from qchain.errors import ImageError
 from qchain.hostfile import HostFile
 from qchain.qcow2.header import read_header
 from qchain.qcow2.header_limits import MAX_BACKING_NAME
-from qchain.qcow2.structures import MAGIC
+from qchain.qcow2.heads import MAGIC
 
 __all__ = ["Reference", "references_of", "whereabouts"]
 

@@ -54,6 +54,13 @@ class Runs:
 
     def clip(self, start: int, end: int) -> Runs:
         """The part of the runs within [start, end)."""
+        if len(self) == 1 and self.kind[0] == Kind.DATA:
+            # Most of what is read comes in long runs: not so much ado about each part.
+            begin = int(self.start[0])
+            first, last = max(begin, start), min(begin + int(self.length[0]), end)
+            if first < last:
+                at, length = np.array([first], np.int64), np.array([last - first], np.int64)
+                return Runs(at, length, self.depth, self.kind, self.host + np.uint64(first - begin))
         low = np.maximum(self.start, start)
         high = np.minimum(self.start + self.length, end)
         keep = low < high

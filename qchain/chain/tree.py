@@ -19,11 +19,14 @@ __all__ = ["TreeImage", "read_tree", "unfinished_below"]
 
 @dataclass
 class TreeImage:
-    """One image: `backing` is the path that its header leads to (None: it has none)."""
+    """One image: `backing` is the path that its header leads to (None: it has none).
+
+    `virtual_size`: in bytes; None where only the image itself could tell, and it was not read.
+    """
 
     path: Path
     format: str
-    virtual_size: int = 0
+    virtual_size: int | None = None
     disk_size: int = 0
     backing: Path | None = None
     backing_format: str | None = None
@@ -125,7 +128,7 @@ def _connect(images: dict[FileId, TreeImage]) -> None:
             # Outside of the directories, or raw: what its overlay says of it is all we know.
             status = image.backing.stat()
             fmt = image.backing_format or "unknown"
-            size = -(-status.st_size // 512) * 512 if fmt == "raw" else 0
+            size = -(-status.st_size // 512) * 512 if fmt == "raw" else None
             below = TreeImage(image.backing, fmt, size, status.st_blocks * 512)
             images[found] = below
         below.overlays.append(image.path)

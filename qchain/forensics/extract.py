@@ -78,11 +78,16 @@ def extract_to_stream(
 ) -> int:
     """As `extract_to_file`, into a pipe: zeroes are written out."""
     end = _span(layers, start, length)
-    for piece in pieces(layers, start, end, progress):
+    for piece in pieces(layers, start, end):
+        done = piece.start + piece.length
         if piece.data is not None:
             stream.write(piece.data.data)
-            continue
-        left = piece.length
-        while left:
-            left -= stream.write(memoryview(_ZEROES)[: min(left, len(_ZEROES))])
+        else:
+            left = piece.length
+            while left:
+                left -= stream.write(memoryview(_ZEROES)[: min(left, len(_ZEROES))])
+                if progress is not None:
+                    progress(done - left, end)
+        if progress is not None:
+            progress(done, end)
     return end - start

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,11 +69,14 @@ class Look:
         return "random or compressed" if self.entropy > 7.9 else "data"
 
 
-def look_at(file: HostFile, start: int, length: int) -> Look:
+def look_at(
+    file: HostFile, start: int, length: int, progress: Callable[[int], None] | None = None
+) -> Look:
     """Look at host bytes [start, start + length); what the file does not hold is left out.
 
     File magic is looked for at every sector of 512 bytes, for there a guest's file may begin;
-    most kinds only with the extra `forensics` (`knows_magic`).
+    most kinds only with the extra `forensics` (`knows_magic`). `progress` is called with the
+    bytes that are behind.
 
     Raises: `DataError` when it cannot be read.
     """
@@ -81,6 +84,8 @@ def look_at(file: HostFile, start: int, length: int) -> Look:
     magic: list[tuple[int, str]] = []
     sample = ""
     for offset, data in _data(file, start, length, _SECTOR):
+        if progress is not None:
+            progress(offset - start)
         if not np.frombuffer(data, np.uint8).any():
             counts[0] += len(data)
             continue

@@ -21,6 +21,7 @@ from qchain.chain.digest import digest
 from qchain.chain.ownership import workers
 from qchain.errors import ImageError, UsageError
 from qchain.hostfile import HostFile
+from qchain.memory import aligned
 
 __all__ = ["HEADER_BYTES", "SEAL_SUFFIX", "file_digest", "make_seal", "read_seal", "seal_text"]
 
@@ -40,8 +41,7 @@ def file_digest(file: HostFile, length: int | None = None, progress: Progress | 
     Raises: `DataError` when it cannot be read.
     """
     state = hashlib.sha256()
-    buffer = bytearray(_PIECE)
-    view = memoryview(buffer)
+    view = memoryview(aligned(_PIECE).data)
     end = file.size if length is None else min(length, file.size)
     done = 0
     while done < end:

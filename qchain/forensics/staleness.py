@@ -48,13 +48,18 @@ _AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
 
 
+@functools.cache
+def _statx() -> Any:
+    """statx(2) of the C library, or None: Python 3.11 does not offer it."""
+    return getattr(ctypes.CDLL(None, use_errno=True), "statx", None)
+
+
 def birth_ns(file: HostFile | Path) -> int | None:
     """When the inode was made, in nanoseconds since 1970; None where that is not kept.
 
-    By statx(2), which Python 3.11 does not offer; the layout of its result is part of
-    the kernel's interface.
+    By statx(2); the layout of its result is part of the kernel's interface.
     """
-    call = getattr(ctypes.CDLL(None, use_errno=True), "statx", None)
+    call = _statx()
     if call is None:
         return None
     out = ctypes.create_string_buffer(256)

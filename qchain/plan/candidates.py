@@ -8,10 +8,13 @@ from dataclasses import dataclass, field, replace
 from qchain.chain.chain_tree import ChainTree
 from qchain.chain.layer import Layer, Qcow2Layer
 from qchain.hostfile import mount_id
-from qchain.plan.growth import growth
+from qchain.plan.clusters import ClusterCount
+from qchain.plan.copying import copied_bytes, new_file_bytes
+from qchain.plan.growth import Growth, growth_of
 from qchain.plan.model import DEFAULT, TimeModel
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
+from qchain.plan.space import device_shortage, freed_by, highest, taken_by
 from qchain.plan.traffic import Traffic, count_traffic
 from qchain.qcow2.header_limits import MAX_L1_BYTES
 
@@ -23,6 +26,8 @@ class Candidate:
     """One way of merging a group. All sizes in bytes, an upper bound where contents repeat.
 
     `target`: layer index, None for a copy. `net` traffic: what the reason quotes.
+    `target_growth_bytes`: by how much the target's file becomes longer (raw: takes more
+    space), `growth` tells it in detail. `peak_extra_bytes`: of the filesystem that needs most.
     """
 
     strategy: str
@@ -37,10 +42,17 @@ class Candidate:
     freed_bytes: int = 0
     seconds: float = 0.0
     traffic: Traffic = field(default_factory=Traffic)
+    growth: Growth | None = None
 
     @property
     def feasible(self) -> bool:
         return self.reason is None
+
+    @property
+    def risk(self) -> str:
+        """What no longer reads as before if the merge is stopped midway and given up: "none" of
+        the points, or "dropped" ones, which a commit writes over. Kept ones always do."""
+        return "none" if self.strategy in ("pull", "copy") else "dropped"
 
 
 def strategy_of(position: int, count: int) -> str:
@@ -129,13 +141,12 @@ def _figures(
     group: Group,
     position: int,
     traffic: Traffic,
+    grown: Growth,
     model: TimeModel,
 ) -> Candidate:
     target = group.members[position]
-    layer = layers[target]
     reads = traffic.commit_bytes + traffic.pull_read_bytes
     written = traffic.commit_bytes + traffic.pull_bytes
-    grown = growth(layer, traffic.new_clusters + traffic.new_tables, layers[group.kept].size)
     pulls = position < group.count - 1
     requests = -(-traffic.commit_bytes // (1 << 20)) + traffic.extents
     seconds = model.seconds(
@@ -154,11 +165,12 @@ def _figures(
         reads,
         written,
         traffic.extents,
-        grown,
-        grown,
+        grown.file,
+        highest(taken_by(layers, group, target, grown)),
         0,
         round(seconds, 3),
         traffic,
+        grown,
     )
 
 
@@ -171,10 +183,15 @@ def figures_of(
     """What every target of the group would cost, the kept image first, possible or not."""
     members = [layers[index] for index in group.members]
     under = [layers[index] for index in group.under]
-    counted = count_traffic(members, range(len(members)), under, progress)
+    below = [*(layers[index].size for index in group.line[1:]), 0]
+    clusters = [
+        ClusterCount(layer, members[0].size, size)
+        for layer, size in zip(members, below, strict=False)
+    ]
+    counted = count_traffic(members, range(len(members)), under, progress, clusters)
     return [
-        _figures(layers, group, position, traffic, model)
-        for position, traffic in enumerate(counted)
+        _figures(layers, group, position, traffic, growth_of(members[position], count), model)
+        for position, (traffic, count) in enumerate(zip(counted, clusters, strict=True))
     ]
 
 
@@ -188,22 +205,82 @@ def candidates_of(
     """
     out = []
     for found in figures:
-        assert found.target is not None
-        out.append(
-            replace(
-                found,
-                reason=obstacle(tree, group, found.target, options),
-                freed_bytes=_freed(tree.layers, group, found.target, options),
-            )
-        )
-    out.append(Candidate("copy", "qemu-img", None, "copies come with a later version"))
+        target, growth = found.target, found.growth
+        assert target is not None and growth is not None
+        reason = obstacle(tree, group, target, options)
+        reason = reason or device_shortage(tree.layers[target], growth)
+        freed = 0 if options.keep_files else freed_by(tree.layers, group, target)
+        out.append(replace(found, reason=reason, freed_bytes=freed))
+    out.append(_copy(tree, group, figures[0], options))
     return out
 
 
-def _freed(layers: Sequence[Layer], group: Group, target: int, options: MergeOptions) -> int:
-    if options.keep_files:
-        return 0
-    return sum(layers[index].file.disk_size for index in group.owned if index != target)
+def _copy(
+    tree: ChainTree,
+    group: Group,
+    pull: Candidate,
+    options: MergeOptions,
+    model: TimeModel = DEFAULT,
+) -> Candidate:
+    """The copy: what the kept image holds, and on top of that what a `pull` moves."""
+    reason = _no_copy(tree, group, options)
+    if reason is not None:
+        return Candidate("copy", "qemu-img", None, reason)
+    kept = tree.layers[group.kept]
+    alone = group.below is None
+    copied = copied_bytes([tree.layers[index] for index in group.line], alone)
+    # Where nothing is left below, convert alone does it all.
+    traffic = replace(pull.traffic, copy_bytes=copied)
+    if alone:
+        traffic = Traffic(copy_bytes=copied, extents=pull.extents)
+    written = copied + traffic.pull_bytes
+    room = new_file_bytes(kept, written, traffic.extents)
+    seconds = model.seconds(
+        read=copied + traffic.pull_read_bytes,
+        written=written,
+        requests=-(-copied // (2 << 20)) + traffic.extents,
+        serial_requests=0 if alone else traffic.extents,
+        files=len(group.line),
+        commands=4,
+    )
+    return Candidate(
+        "copy",
+        "qemu-img",
+        None,
+        None,
+        copied + traffic.pull_read_bytes,
+        written,
+        traffic.extents,
+        room,
+        room,
+        0 if options.keep_files else freed_by(tree.layers, group, None),
+        round(seconds, 3),
+        traffic,
+    )
+
+
+def _no_copy(tree: ChainTree, group: Group, options: MergeOptions) -> str | None:
+    """Why the group cannot be copied; None if it can."""
+    kept, lowest = tree.layers[group.kept], tree.layers[group.owned[-1]]
+    if options.strategy != "copy":
+        # Never less work than a pull, and the kept image's own clusters are written again.
+        return "--strategy copy was not asked for"
+    if options.names == "target":
+        return "a new file has no name of its own to keep; use --names kept or lowest"
+    if options.names == "kept" and kept.file.is_block_device:
+        return f"{kept.path.name} is a block device and cannot be renamed"
+    if _has_valid_bitmaps(kept):
+        return f"{kept.path.name} has bitmaps, which this way would lose"
+    if (
+        options.names == "lowest"
+        and lowest.format != kept.format
+        and not options.allow_format_change
+    ):
+        return (
+            f"{lowest.path.name} is {lowest.format} and would become {kept.format}; allow it with "
+            "--allow-format-change"
+        )
+    return None
 
 
 def rank(candidate: Candidate, prefer: str) -> tuple[float, float, float]:

@@ -15,9 +15,10 @@ from qchain.plan.model import TimeModel
 from qchain.plan.options import MergeOptions
 from qchain.plan.order import Job, least_peak_order
 from qchain.plan.selection import Group
+from qchain.plan.space import Change, changes_of, copy_changes, peaks
 from qchain.plan.steps import Step
 
-__all__ = ["GroupPlan", "choices", "impossible"]
+__all__ = ["GroupPlan", "choices", "impossible", "space_of"]
 
 
 @dataclass(frozen=True)
@@ -60,45 +61,50 @@ def choices(
     for number, each in enumerate(assigned):
         found = candidates(number, each.group.own)
         plans.append(GroupPlan(each.group, tuple(found), choose(found, options.prefer), (), None))
-    order = least_peak_order(_jobs(tree, plans, assigned))
+    order = least_peak_order(_jobs(tree, plans, assigned, options))
     return [plans[number] for number in order]
 
 
-def _jobs(tree: ChainTree, plans: Sequence[GroupPlan], assigned: Sequence[Assigned]) -> list[Job]:
-    """What each group takes and gives on the filesystem that has most to take."""
+def space_of(layers: Sequence[Layer], plan: GroupPlan, options: MergeOptions) -> list[Change]:
+    """What the chosen way of a group takes of the filesystems, and gives back, in order."""
+    chosen, group = plan.chosen, plan.group
+    if chosen is None:
+        return []
+    if chosen.target is None:
+        return copy_changes(layers, group, chosen.target_growth_bytes, options.keep_files)
+    assert chosen.growth is not None
+    return changes_of(layers, group, chosen.target, chosen.growth, options.keep_files)
+
+
+def _jobs(
+    tree: ChainTree,
+    plans: Sequence[GroupPlan],
+    assigned: Sequence[Assigned],
+    options: MergeOptions,
+) -> list[Job]:
+    """What each group takes and gives on the filesystem that has most to give."""
     of_kept = {plan.group.kept: number for number, plan in enumerate(plans)}
-    devices = [layer.file.id.device for layer in tree.layers]
+    spaces = [space_of(tree.layers, plan, options) for plan in plans]
     needs: dict[int, int] = {}
-    for plan in plans:
-        if plan.chosen is not None and plan.chosen.target is not None:
-            device = devices[plan.chosen.target]
-            needs[device] = needs.get(device, 0) + plan.chosen.peak_extra_bytes
-    tightest = max(needs, key=lambda device: needs[device], default=None)
+    for changes in spaces:
+        for device, most in peaks(changes).items():
+            needs[device] = needs.get(device, 0) + most
+    tightest = max(needs, key=lambda device: needs[device], default=-1)
     jobs = []
-    for plan, each in zip(plans, assigned, strict=True):
+    for plan, each, changes in zip(plans, assigned, spaces, strict=True):
         before = each.before
         if before is None:
             # Upper groups come first: the lower one's files are what they read through.
             before = next((of_kept[i] for i in plan.group.under if i in of_kept), None)
-        peak = grown = freed = 0
-        target = None if plan.chosen is None else plan.chosen.target
-        if plan.chosen is not None and target is not None:
-            if devices[target] == tightest:
-                peak, grown = plan.chosen.peak_extra_bytes, plan.chosen.target_growth_bytes
-            if plan.chosen.freed_bytes:
-                freed = sum(
-                    tree.layers[index].file.disk_size
-                    for index in plan.group.owned
-                    if index != target and devices[index] == tightest
-                )
-        jobs.append(Job(peak, grown - freed, before))
+        net = sum(change.amount for change in changes if change.device == tightest)
+        jobs.append(Job(max(peaks(changes).get(tightest, 0), net), net, before))
     return jobs
 
 
 def impossible(layers: Sequence[Layer], plan: GroupPlan, options: MergeOptions) -> str:
     """The refusal of a group for which no way is possible."""
-    asked = f"--strategy {options.strategy} was asked for"
-    others = [c for c in plan.candidates if c.reason != asked and c.target is not None]
+    asked = (f"--strategy {options.strategy} was asked for", "--strategy copy was not asked for")
+    others = [c for c in plan.candidates if c.reason not in asked]
     told = [c for c in others if c.strategy == options.strategy] or others
     kept = layers[plan.group.kept].path
     if not told:

@@ -12,10 +12,15 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qchain.qcow2.header import Header
+
 __all__ = [
     "commit_argv",
+    "convert_argv",
     "create_empty_argv",
+    "creation_options",
     "image_opts",
+    "rebase_plain_argv",
     "rebase_safe_argv",
     "rebase_unsafe_argv",
     "rebase_writethrough_argv",
@@ -108,6 +113,53 @@ def rebase_safe_argv(
         # not look for protocol prefixes in an option's value.
         options |= {"backing.driver": present_format, "backing.file.filename": present}
     return ["rebase", "-p", "--image-opts", "-b", alias, "-F", "qcow2", image_opts(options)]
+
+
+def rebase_plain_argv(
+    image: str | Path, image_format: str, backing: str | Path, backing_format: str
+) -> list[str]:
+    """A pull into an image that nobody has yet: what a stop leaves of it is thrown away."""
+    argv = ["rebase", "-p", "-f", image_format]
+    return [*argv, *_backing_arguments(backing, backing_format), safe_name(image)]
+
+
+def convert_argv(
+    source: str | Path,
+    source_format: str,
+    out: str | Path,
+    options: str = "",
+    backing: str | Path | None = None,
+    backing_format: str | None = None,
+) -> list[str]:
+    """A new image with the content of `source`, in its format.
+
+    With a backing file only what `source` itself allocates is copied, whatever that
+    backing file is: it must be the one that `source` has. `-t`: the default flushes nothing.
+    """
+    argv = ["convert", "-p", "-t", "writeback", "-f", source_format, "-O", source_format]
+    if options:
+        argv += ["-o", options]
+    if backing is not None:
+        if backing_format is None:
+            raise ValueError("a backing file's format is always said, never probed")
+        argv += ["-B", _not_a_protocol(os.fspath(backing)), "-F", backing_format]
+    return [*argv, safe_name(source), safe_name(out)]
+
+
+def creation_options(header: Header | None) -> str:
+    """The -o of a new image with the features of one that has `header` (None: raw)."""
+    if header is None:
+        return ""
+    options = {
+        "compat": "0.10" if header.version == 2 else "1.1",
+        "cluster_size": str(header.cluster_size),
+        "refcount_bits": str(header.refcount_bits),
+    }
+    if header.version > 2:
+        options["lazy_refcounts"] = "on" if header.lazy_refcounts else "off"
+        options["extended_l2"] = "on" if header.extended_l2 else "off"
+        options["compression_type"] = header.compression
+    return image_opts(options)
 
 
 def create_empty_argv(

@@ -1,81 +1,178 @@
-"""How much a target grows: new clusters, less those that were free, plus what accounts for them.
+"""How much a target grows, in clusters of its own and at the end of its file.
 
-file  |used|free|used|used| end
-new   data and L2 tables take the free ones first, then go to the end, where
-      new refcount blocks may be needed, which need refcounts themselves
+How many clusters are in use afterwards follows from the maps. Where the file ends depends on
+the order in which qemu allocates, as soon as there are free clusters in it: a request takes its
+clusters in one piece, and passes by what is smaller (`alloc_clusters_noref`). A commit has up
+to 16 requests in flight, in no order that could be foretold. So two states are followed, one
+in which every free cluster is reused and one in which those are passed by that may be; where
+they end alike, that is the truth.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
+from qchain.chain.layer import Layer, Qcow2Layer
+from qchain.plan.allocator import FileState, Room, room_of
+from qchain.plan.clusters import BLOCK, ClusterCount
+from qchain.plan.shrink import Shrunk, shrunk
 
-from qchain.chain.layer import Layer
-from qchain.qcow2.refcounts import read_refcount_table, refcount_blocks
+__all__ = ["Growth", "growth_of"]
 
-__all__ = ["Room", "growth", "room_of"]
+_COMMIT_REQUEST = 1 << 20
+_PULL_REQUEST = 2 << 20
+"""The most bytes that one request of qemu-img writes."""
+_RAW_OWN = 16
+"""Blocks that a filesystem may count to a file besides its content (its extents)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """What a qcow2 file has of its own, in clusters.
+class Growth:
+    """What a target needs. `clusters`: of its own size (raw: blocks of 4096 bytes).
 
     Attributes:
-        end: the first cluster after the last used one.
-        free: unused clusters before the end.
-        covered: clusters that the present refcount blocks account for.
-        table: refcount blocks that the present refcount table has room for.
+        clusters: how many more are in use afterwards (may be negative).
+        clusters_least: less than `clusters` where qemu's order decides.
+        end: bytes up to which the file has been used afterwards (raw: its length).
+        end_least: less than `end` where qemu's order decides.
+        file: bytes by which the file grows at most, at any moment (raw: what its holes take).
+        written: bytes of the clusters that are written.
+        rescued: bytes of the compressed clusters that are copied out beforehand.
     """
 
+    clusters: int
+    clusters_least: int
     end: int
-    free: int
-    covered: int
-    table: int
+    end_least: int
+    file: int
+    written: int = 0
+    rescued: int = 0
+
+    @property
+    def exact(self) -> bool:
+        """Whether qemu's order decides nothing."""
+        return self.clusters == self.clusters_least and self.end == self.end_least
 
 
-def room_of(layer: Layer) -> Room:
-    """Read it from the refcounts. Raises `ImageError` when they cannot be read."""
+def growth_of(layer: Layer, count: ClusterCount) -> Growth:
+    """What a merge adds to the file of `layer`, in which it does what `count` has counted.
+
+    Raises: `ImageError` when the refcounts cannot be read.
+    """
+    if not isinstance(layer, Qcow2Layer):
+        return _raw_growth(layer, count)
     header = layer.header
     assert header is not None
-    end = used = 0
-    for first, counts in refcount_blocks(layer.file, header):
-        taken = counts != 0
-        count = int(np.count_nonzero(taken))
-        if count:
-            end = first + len(taken) - int(np.argmax(taken[::-1]))
-            used += count
-    per_block = header.cluster_size * 8 // header.refcount_bits
-    covered = len(read_refcount_table(layer.file, header)) * per_block
-    table = header.refcount_table_clusters * header.cluster_size // 8
-    return Room(end, end - used, covered, table)
+    count.add_end()
+    cluster = header.cluster_size
+    if not _writes(layer, count):
+        end = -(-layer.file.size // cluster) * cluster
+        return Growth(0, 0, end, end, 0, count.written * cluster)
+    most_at_once = _PULL_REQUEST if count.pulled else _COMMIT_REQUEST
+    # Not aligned, it touches one cluster more.
+    request = max(1, min(count.longest, most_at_once // cluster + 1))
+    room = room_of(layer, request, count)
+    shrinks = shrunk(layer, count) if count.new_size < layer.size else None
+    states = [_grown(layer, count, room, reuse, request) for reuse in (True, False)]
+    peak = max(state.end for state in states)
+    if shrinks is not None:
+        freed = count.freed + room.freed
+        stay, come = count.cut_tables
+        added = count.committed + count.tables + stay
+        certain = (room.end == room.used and not freed) or not added
+        for state in states:
+            state.take(stay, 1)
+            peak = max(peak, state.end + come)
+            _cut(state, room, shrinks, freed, certain or state.reuse)
+    for state in states:
+        state.take(count.pulled, request)
+    least, most = states
+    peak = max(peak, most.end)
+    return Growth(
+        most.used - room.used,
+        least.used - room.used,
+        most.end * cluster,
+        least.end * cluster,
+        max(0, peak * cluster - layer.file.size),
+        (count.written + count.tables) * cluster,
+        # With their numbers before them (`qchain.verify.frozen.rescue`).
+        (count.unpacked + -(-(count.unpacked + 1) * 8 // cluster)) * cluster * (count.unpacked > 0),
+    )
 
 
-def growth(layer: Layer, clusters: int, new_size: int) -> int:
-    """Bytes by which the file of `layer` grows when it gets `clusters` new clusters.
+def _writes(layer: Qcow2Layer, count: ClusterCount) -> bool:
+    """Whether clusters come or go: with many candidates none do."""
+    if count.new_size != layer.size:
+        return True
+    return bool(count.committed + count.pulled + count.freed + count.unpacked + count.tables)
+
+
+def _grown(
+    layer: Qcow2Layer, count: ClusterCount, room: Room, reuse: bool, request: int
+) -> FileState:
+    """The file after the commit (of a mere pull: after nothing but new L2 tables)."""
+    header = layer.header
+    assert header is not None
+    cluster = header.cluster_size
+    per_block = cluster * 8 // header.refcount_bits
+    state = FileState(cluster, per_block, reuse, room.used, room.end, room.fitting,
+                      room.blocks, room.table)  # fmt: skip
+    needed = -(-count.new_size // (cluster * header.l2_entries))
+    if needed > header.l1_size:
+        # The first thing that a commit does: one piece, then the old one becomes free.
+        piece = -(-needed * 8 // cluster)
+        if piece <= room.largest:
+            state.used += piece
+            state.fitting = max(0, state.fitting - piece)
+        else:
+            state.extend(piece, piece)
+        old = -(-header.l1_size * 8 // cluster)
+        state.used -= old
+        state.fitting += max(0, old - (request - 1))
+    # Single clusters that come first pass nothing by.
+    state.fitting = max(state.fitting, min(count.early, state.end - state.used))
+    freed = count.freed + room.freed
+    if reuse:
+        state.used -= freed
+    state.take(count.committed + count.tables, request)
+    if not reuse:
+        # What a zero write frees may come too late for the others, or in too small pieces.
+        state.used -= freed
+        if room.missing:
+            state.used += room.missing
+        state.fitting = state.end - state.used if request == 1 else 0
+    return state
+
+
+def _cut(state: FileState, room: Room, left: Shrunk, freed: int, certain: bool) -> None:
+    """The file is made shorter.
 
     Args:
-        clusters: new data clusters and L2 tables.
-        new_size: virtual size afterwards; a larger one may need a new L1 table.
-
-    Raw files: `clusters` are blocks of 4096 bytes that were holes.
+        freed: what `state` knows to be freed, of that in `left`.
+        certain: what was added went to the end, not into what might be emptied.
     """
-    header = layer.header
-    if header is None:
-        return clusters * 4096
-    cluster = header.cluster_size
-    span = cluster * header.l2_entries
-    needed = -(-new_size // span)
-    if needed > header.l1_size:
-        clusters += -(-needed * 8 // cluster)
-    if not clusters:
-        return 0
-    room = room_of(layer)
-    beyond = max(0, clusters - room.free)
-    per_block = cluster * 8 // header.refcount_bits
-    # Each new block accounts for itself too.
-    blocks = max(0, -(-(room.end + beyond - room.covered) // (per_block - 1)))
-    if room.covered // per_block + blocks > room.table:
-        # A larger table is written anew: half as large again, as qemu does.
-        blocks += -(-(room.table * 3 // 2 + blocks) * 8 // cluster)
-    return (beyond + blocks) * cluster
+    state.used -= left.freed - freed
+    if not certain:
+        state.used += left.emptied
+    if state.end > room.end:
+        # What went to the end keeps the block that counts it.
+        if certain and left.last_emptied and room.end % state.per_block:
+            state.used += 1
+    elif certain:
+        state.end, state.blocks = left.end, left.blocks
+    state.fitting = 0
+
+
+def _raw_growth(layer: Layer, count: ClusterCount) -> Growth:
+    """Blocks of a raw file: exact where what SEEK_DATA calls a hole takes no space.
+
+    Preallocated space that was not written to looks like a hole; a file that has space for all
+    of its length needs no more.
+    """
+    space = -(-max(count.new_size, layer.file.size) // BLOCK) - layer.file.disk_size // BLOCK
+    committed = min(count.committed, max(0, space) + _RAW_OWN)
+    added = committed - count.freed
+    beyond = -(-count.new_size // BLOCK) * BLOCK
+    for low, high in layer.file.data_ranges(beyond, layer.file.size):
+        added -= -(-high // BLOCK) - low // BLOCK
+    return Growth(added, added, count.new_size, count.new_size, committed * BLOCK)

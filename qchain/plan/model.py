@@ -24,7 +24,7 @@ class TimeModel:
     """rebase has one request at a time in flight, commit up to sixteen."""
     file_cost: float = 3.0e-3
     command_cost: float = 2.0e-2
-    source: str = "defaults, not calibrated for this storage"
+    source: str = "estimated with defaults, not measured on this storage"
 
     def seconds(
         self, *, read: int, written: int, requests: int, serial_requests: int, files: int,

@@ -46,7 +46,6 @@ class MergeOptions:
                     option, f"{value!r} is not possible", f"one of: {', '.join(known)}"
                 )
         for what, wanted in (
-            ("--strategy copy", self.strategy == "copy"),
             ("--engine native", self.engine == "native"),
             ("--verify manifest", self.verify == "manifest"),
             ("--exact", self.exact),

@@ -11,7 +11,8 @@ from pathlib import Path
 from qchain.chain.chain import Chain
 from qchain.chain.chain_tree import ChainTree, tree_of
 from qchain.chain.layer import Layer
-from qchain.plan.choice import GroupPlan, choices, impossible
+from qchain.plan.candidates import Candidate
+from qchain.plan.choice import GroupPlan, choices, impossible, space_of
 from qchain.plan.model import DEFAULT, TimeModel
 from qchain.plan.naming import naming_refusals
 from qchain.plan.options import MergeOptions
@@ -25,7 +26,9 @@ from qchain.plan.refusals import (
 )
 from qchain.plan.selection import Group, Request, groups_of, select
 from qchain.plan.sequence import Above, sequence
-from qchain.plan.steps import Step, as_json
+from qchain.plan.sequence_copy import copy_sequence
+from qchain.plan.space import Change, peaks
+from qchain.plan.steps import Adopt, Step, as_json
 
 __all__ = ["GroupPlan", "Plan", "make_plan"]
 
@@ -40,6 +43,7 @@ class Plan:
     refusals: tuple[str, ...]
     token: str = ""
     """Part of the journal's name."""
+    model: TimeModel = DEFAULT
     request: Request = field(default_factory=Request)
     """What was asked for, so that the plan can be made again."""
 
@@ -60,6 +64,7 @@ class Plan:
         return {
             "active": [self.path(index) for index in self.tree.actives],
             "groups": [self._group_json(group) for group in self.groups],
+            "seconds_from": self.model.source,
             "steps": [as_json(step, program) for step in self.steps],
             "refusals": list(self.refusals),
         }
@@ -87,13 +92,23 @@ class Plan:
                     "write_bytes": candidate.write_bytes,
                     "extents": candidate.extents,
                     "target_growth_bytes": candidate.target_growth_bytes,
+                    **_clusters_json(candidate),
                     "peak_extra_bytes": candidate.peak_extra_bytes,
                     "freed_bytes": candidate.freed_bytes,
                     "seconds": candidate.seconds,
+                    "risk": candidate.risk,
                 }
                 for candidate in plan.candidates
             ],
         }
+
+
+def _clusters_json(candidate: Candidate) -> dict[str, object]:
+    """How many more clusters the target uses; "exact": not only at most."""
+    growth = candidate.growth
+    if growth is None:
+        return {"target_clusters_added": 0, "target_growth_exact": True}
+    return {"target_clusters_added": growth.clusters, "target_growth_exact": growth.exact}
 
 
 def make_plan(
@@ -126,22 +141,27 @@ def make_plan(
     narrow: list[str] = []
     for plan in chosen:
         group = plan.group
-        if not refusals and plan.chosen is not None and plan.chosen.target is not None:
+        if not refusals and plan.chosen is not None:
             above = [*results.get(group.kept, ()), *_kept_above(tree, group, dropped)]
             # Not to be told from the journal's name, which all can see before the work begins.
             secret = secrets.token_hex(8)
-            steps, result = sequence(layers, group, plan.chosen, options, secret, above)
+            copies = plan.chosen.target is None
+            order = copy_sequence if copies else sequence
+            steps, result = order(layers, group, plan.chosen, options, secret, above)
+            # A new file is as the kept image is.
+            like = layers[group.kept if plan.chosen.target is None else plan.chosen.target]
             if group.below is not None:
-                made = Above(result, layers[plan.chosen.target].format, _relative(layers, group))
+                made = Above(result, like.format, _relative(layers, group))
                 results.setdefault(group.below, []).append(made)
-            files[result] = layers[plan.chosen.target]
+            files |= {step.image: like for step in steps if isinstance(step, Adopt)}
             narrow += naming_refusals(steps, files)
+            files[result] = like
             plan = replace(plan, steps=tuple(steps), result=result)
         plans.append(plan)
     if narrow:
         refusals += narrow
         plans = [replace(plan, steps=(), result=None) for plan in plans]
-    return Plan(tree, options, tuple(plans), tuple(dict.fromkeys(refusals)), token, request)
+    return Plan(tree, options, tuple(plans), tuple(dict.fromkeys(refusals)), token, model, request)
 
 
 def _refusals(tree: ChainTree, plans: Sequence[GroupPlan], options: MergeOptions) -> list[str]:
@@ -149,15 +169,17 @@ def _refusals(tree: ChainTree, plans: Sequence[GroupPlan], options: MergeOptions
     layers = tree.layers
     out = [line for plan in plans for line in file_refusals(layers, plan.group)]
     out += overlay_refusals(layers, [plan.group for plan in plans], options)
-    needs: list[tuple[Path, int]] = []
+    changes: list[Change] = []
     for plan in plans:
         chosen = plan.chosen
         if chosen is None:
             out.append(impossible(layers, plan, options))
-        elif chosen.target is not None:
-            needs.append((layers[chosen.target].path.parent, chosen.peak_extra_bytes))
-            out += above_refusals(tree, plan.group, chosen.target, options)
-    return out + space_refusals(needs)
+        else:
+            changes += space_of(layers, plan, options)
+            target = plan.group.kept if chosen.target is None else chosen.target
+            out += above_refusals(tree, plan.group, target, options)
+    directories = (layers[index].path.parent for plan in plans for index in plan.group.members)
+    return out + space_refusals(peaks(changes), directories)
 
 
 def _relative(layers: Sequence[Layer], group: Group) -> bool:

@@ -22,11 +22,13 @@ def _human(size: int) -> str:
 def reason(layers: Sequence[Layer], plan: GroupPlan) -> str:
     """One sentence: why this candidate, with the numbers that decided."""
     chosen = plan.chosen
-    if chosen is None or chosen.target is None:
+    if chosen is None:
         return "no way is possible"
-    moved = chosen.write_bytes
-    name = layers[chosen.target].path.name
-    said = f"{chosen.strategy} into {name} moves {_human(moved)}"
+    moved = _human(chosen.write_bytes)
+    if chosen.target is None:
+        said = f"a copy into a new file writes {moved}"
+    else:
+        said = f"{chosen.strategy} into {layers[chosen.target].path.name} moves {moved}"
     others = [c for c in plan.candidates if c.feasible and c is not chosen]
     if not others:
         return f"{said}; it is the only way possible"

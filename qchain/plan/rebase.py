@@ -23,7 +23,6 @@ from qchain.chain.chain_tree import ChainTree
 from qchain.chain.layer import Layer, Qcow2Layer
 from qchain.plan.candidates import Candidate
 from qchain.plan.choice import GroupPlan
-from qchain.plan.growth import growth
 from qchain.plan.naming import naming_refusals
 from qchain.plan.options import MergeOptions
 from qchain.plan.plan import Plan
@@ -101,7 +100,8 @@ def plan_rebase(
             return nothing
     else:
         steps, result = sequence(layers, group, way, options, secret, ())
-        refusals += space_refusals([(layers[0].path.parent, way.peak_extra_bytes)])
+        place = layers[0].path.parent
+        refusals += space_refusals({place.stat().st_dev: way.peak_extra_bytes}, [place])
     refusals += naming_refusals(steps, {result: layers[0]})
     if refusals:
         return replace(nothing, plan=replace(nothing.plan, refusals=tuple(refusals)))
@@ -148,7 +148,7 @@ def _already(layers: tuple[Layer, ...], group: Group, steps: list[Step]) -> bool
 def _candidate(image: Layer, old: list[Layer], found: Comparison) -> Candidate:
     """The figures of the only way there is: what differs is pulled."""
     assert isinstance(image, Qcow2Layer)
-    grown = growth(image, _clusters(image, found), image.size)
+    grown = _growth(image, found)
     moved = found.compared_bytes
     return Candidate(
         "pull", "qemu-img", 0,
@@ -156,6 +156,18 @@ def _candidate(image: Layer, old: list[Layer], found: Comparison) -> Candidate:
         target_growth_bytes=grown, peak_extra_bytes=grown,
         traffic=Traffic(pull_bytes=moved, pull_read_bytes=2 * moved),
     )  # fmt: skip
+
+
+def _growth(image: Qcow2Layer, found: Comparison) -> int:
+    """At most so many bytes come to the file, refcount blocks and a larger table included."""
+    header = image.header
+    assert header is not None
+    clusters = 0 if found.identical else _clusters(image, found)
+    if not clusters:
+        return 0
+    blocks = 1 + clusters // (image.cluster_size * 8 // header.refcount_bits - 1)
+    table = header.refcount_table_clusters * 3 // 2 + 1
+    return (clusters + blocks + table) * image.cluster_size
 
 
 def _clusters(image: Qcow2Layer, found: Comparison) -> int:

@@ -195,14 +195,17 @@ def unfinished_refusals(layers: Sequence[Layer], groups: Sequence[Group]) -> lis
     return out
 
 
-def space_refusals(needs: Sequence[tuple[Path, int]]) -> list[str]:
-    """Filesystems without room: `needs` are (directory, bytes at the peak)."""
-    sums: dict[int, tuple[Path, int]] = {}
-    for directory, amount in needs:
-        device = directory.stat().st_dev
-        sums[device] = (directory, sums.get(device, (directory, 0))[1] + amount)
+def space_refusals(peaks: Mapping[int, int], directories: Iterable[Path]) -> list[str]:
+    """Filesystems without room.
+
+    Args:
+        peaks: what each (`st_dev`) has to give at most, bytes.
+        directories: some on each of them, by which it is known.
+    """
+    places = {directory.stat().st_dev: directory for directory in dict.fromkeys(directories)}
     out = []
-    for directory, amount in sums.values():
+    for device, directory in places.items():
+        amount = peaks.get(device, 0)
         room = os.statvfs(directory)
         free = room.f_bavail * room.f_frsize
         if amount > free:

@@ -10,7 +10,7 @@ from qchain.chain.chain_tree import ChainTree
 from qchain.chain.layer import Layer
 from qchain.errors import UsageError
 
-__all__ = ["Group", "Request", "find_layer", "groups_of", "select"]
+__all__ = ["Group", "Request", "find_layer", "find_layers", "groups_of", "select"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,21 +85,30 @@ class Group:
 
 def find_layer(name: str, layers: Sequence[Layer]) -> int:
     """The layer that `name` means. Raises `UsageError` when none or several do."""
-    by_path = [
-        index
-        for index, layer in enumerate(layers)
-        if os.path.realpath(layer.path) == os.path.realpath(name) and os.path.lexists(name)
-    ]
-    if len(by_path) == 1:
-        return by_path[0]
-    by_name = [index for index, layer in enumerate(layers) if layer.path.name == name]
-    if len(by_name) == 1:
-        return by_name[0]
-    if by_name:
-        raise UsageError(name, "more than one image of the chain has this name", "give its path")
-    known = ", ".join(layer.path.name for layer in layers[:8])
-    more = ", ..." if len(layers) > 8 else ""
-    raise UsageError(name, "is not in the chain", f"the chain is: {known}{more}")
+    return find_layers([name], layers)[0]
+
+
+def find_layers(names: Sequence[str], layers: Sequence[Layer]) -> list[int]:
+    """The layers that the names mean. Raises `UsageError` when none or several do."""
+    by_path: dict[str, list[int]] = {}
+    by_name: dict[str, list[int]] = {}
+    for index, layer in enumerate(layers):
+        by_path.setdefault(os.path.realpath(layer.path), []).append(index)
+        by_name.setdefault(layer.path.name, []).append(index)
+    out = []
+    for name in names:
+        found = by_path.get(os.path.realpath(name), []) if os.path.lexists(name) else []
+        if len(found) != 1:
+            found = by_name.get(name, [])
+        if len(found) > 1:
+            why = "more than one image of the chain has this name"
+            raise UsageError(name, why, "give its path")
+        if not found:
+            known = ", ".join(layer.path.name for layer in layers[:8])
+            more = ", ..." if len(layers) > 8 else ""
+            raise UsageError(name, "is not in the chain", f"the chain is: {known}{more}")
+        out.append(found[0])
+    return out
 
 
 def select(request: Request, tree: ChainTree) -> frozenset[int]:
@@ -120,8 +129,8 @@ def select(request: Request, tree: ChainTree) -> frozenset[int]:
     if request.collapse:
         return frozenset(index for index in inner if tree.below[index] is not None)
     if request.keep:
-        return inner - {find_layer(name, layers) for name in request.keep}
-    dropped = frozenset(find_layer(name, layers) for name in request.drop)
+        return inner.difference(find_layers(request.keep, layers))
+    dropped = frozenset(find_layers(request.drop, layers))
     for active in sorted(dropped - inner):
         raise UsageError(
             layers[active].path,

@@ -21,6 +21,7 @@ from qchain.plan.commands import (
     rebase_unsafe_argv,
     resize_shrink_argv,
 )
+from qchain.plan.names import absolute_name, relative_name, saved_name
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
 from qchain.plan.steps import (
@@ -39,11 +40,7 @@ from qchain.plan.steps import (
     Unlink,
 )
 
-__all__ = ["SAVED_SUFFIX", "Above", "repoint", "saved_name", "sequence"]
-
-SAVED_SUFFIX = ".qchain-old"
-"""What --keep-files appends to the name of a file that another one replaces; where that
-name is taken, a number follows."""
+__all__ = ["Above", "lead", "repoint", "sequence"]
 
 
 @dataclass
@@ -76,7 +73,7 @@ class _Builder:
         self.present = (
             None if position + 1 == len(self.group.line) else self.group.line[position + 1]
         )
-        self.t_path, self.j_path = _absolute(self.t.path), _absolute(self.j.path)
+        self.t_path, self.j_path = absolute_name(self.t.path), absolute_name(self.j.path)
         self.work = self.t_path.parent / f"{WORK_PREFIX}{self.token}"
         self.alias = f"{WORK_PREFIX}{self.token}.b"
         self.pulls = self.t_index != self.group.members[-1] or bool(self.group.onto)
@@ -90,7 +87,7 @@ class _Builder:
         """How an image in `directory` names the new backing: as the lowest image did."""
         if self.group.below is None:
             return None
-        below = _absolute(self.layers[self.group.below].path)
+        below = absolute_name(self.layers[self.group.below].path)
         if self.group.onto:
             return self.other_name(below, directory)
         if self.lowest.backing is None:
@@ -98,9 +95,14 @@ class _Builder:
         recorded = self.lowest.backing.name
         if recorded.startswith("/"):
             return str(below)
-        if _absolute(self.lowest.path).parent == directory:
+        if absolute_name(self.lowest.path).parent == directory:
             return recorded
-        return _relative(below, directory)
+        return relative_name(below, directory)
+
+    def new_backing(self) -> Path | None:
+        if self.group.below is None:
+            return None
+        return absolute_name(self.layers[self.group.below].path)
 
     def other_name(self, below: Path, directory: Path) -> str:
         """How it names an image of another chain: relative if its present backing was.
@@ -110,7 +112,7 @@ class _Builder:
         if self.lowest.backing is None:
             return below.name if below.parent == directory else str(below)
         whole = self.lowest.backing.name.startswith("/")
-        return str(below) if whole else _relative(below, directory)
+        return str(below) if whole else relative_name(below, directory)
 
     def backing_format(self) -> str | None:
         return None if self.group.below is None else self.layers[self.group.below].format
@@ -118,7 +120,9 @@ class _Builder:
     def point_to(self, image: Path, name: str | None) -> None:
         """Write a header: `image` backs on `name` from now on; made durable."""
         argv = rebase_unsafe_argv(image, self.t.format, name, self.backing_format())
-        below = None if self.group.below is None else _absolute(self.layers[self.group.below].path)
+        below = (
+            None if self.group.below is None else absolute_name(self.layers[self.group.below].path)
+        )
         self.add(Command(tuple(argv), label=f"re-point {image.name}", writes=(image,)), Sync(image))
         self.add(Confirm(image, below, self.backing_format()))
 
@@ -174,7 +178,7 @@ class _Builder:
             )
         else:
             new = self.layers[self.group.below]
-            new_path = _absolute(new.path)
+            new_path = absolute_name(new.path)
             mistaken = present is not None and os.path.realpath(
                 self.work / present.name
             ) == os.path.realpath(new_path)
@@ -210,7 +214,9 @@ class _Builder:
         if self.options.verify == "none":
             return
         new = self.work / "image" if self.pulls else self.t_path
-        below = None if self.group.below is None else _absolute(self.layers[self.group.below].path)
+        below = (
+            None if self.group.below is None else absolute_name(self.layers[self.group.below].path)
+        )
         moved = self.candidate.traffic.commit_bytes + self.candidate.traffic.pull_bytes
         if self.options.verify == "full":
             moved = self.j.size
@@ -221,7 +227,7 @@ class _Builder:
         """The backing name during the switch: absolute where the directory changes."""
         if final.parent == self.t_path.parent or self.group.below is None:
             return self.backing_name(self.t_path.parent)
-        return str(_absolute(self.layers[self.group.below].path))
+        return str(absolute_name(self.layers[self.group.below].path))
 
     def switch(self) -> Path:
         """Give the result its name; returns it."""
@@ -229,7 +235,7 @@ class _Builder:
         if self.options.names == "kept":
             final = self.j_path
         elif self.options.names == "lowest":
-            final = _absolute(self.lowest_owned.path)
+            final = absolute_name(self.lowest_owned.path)
         else:
             final = self.t_path
         name_here, way = self.backing_name(directory), self.way(final)
@@ -253,24 +259,15 @@ class _Builder:
                 self.add(HardLink(self.t_path, spare), Rename(spare, final), Sync(final.parent))
         if self.options.names != "kept" and final != self.j_path:
             for above in self.above:
-                self.lead(above, final)
+                self.add(*lead(above, final, self.t.format))
         return final
-
-    def lead(self, above: Above, final: Path) -> None:
-        """Let an image that backs on the kept one name the result."""
-        name = _relative(final, above.path.parent) if above.relative else str(final)
-        argv = rebase_unsafe_argv(above.path, above.format, name, self.t.format)
-        label = f"re-point {above.path.name}"
-        self.add(Command(tuple(argv), label=label, writes=(above.path,)))
-        self.add(Sync(above.path))
-        self.add(Confirm(above.path, final, self.t.format))
 
     def delete(self, final: Path) -> None:
         """Remove the names that are left over, from the top down: what backs goes last."""
         directories = {self.t_path.parent}
         renamed = self.options.names == "kept" and final != self.t_path
         for index in self.group.owned:
-            path = _absolute(self.layers[index].path)
+            path = absolute_name(self.layers[index].path)
             if path == final or (renamed and path == self.t_path):
                 continue
             if self.options.keep_files and path != self.t_path:
@@ -284,36 +281,13 @@ class _Builder:
         self.add(*(Sync(directory) for directory in sorted(directories)))
 
 
-def _absolute(path: Path) -> Path:
-    """Absolute, without following links: the name is what other files refer to."""
-    return Path(os.path.normpath(path.absolute())) if ".." not in path.parts else path.absolute()
-
-
-def saved_name(path: Path) -> Path:
-    """Where --keep-files saves the file that loses the name `path`: a name that is free."""
-    number = 1
-    while True:
-        suffix = SAVED_SUFFIX if number == 1 else f"{SAVED_SUFFIX}.{number}"
-        saved = path.with_name(path.name + suffix)
-        if not os.path.lexists(saved):
-            return saved
-        number += 1
-
-
-def _relative(path: Path, directory: Path) -> str:
-    """`path` as an image in `directory` names it. Both exist.
-
-    As text alone it may be wrong: `..` behind a link to a directory is the parent of
-    where the link leads, and so the kernel takes it.
-    """
-    name = os.path.relpath(path, directory)
-    try:
-        if (directory / name).samefile(path):
-            return name
-    except OSError:
-        pass
-    real = Path(os.path.realpath(path.parent)) / path.name
-    return os.path.relpath(real, os.path.realpath(directory))
+def lead(above: Above, final: Path, fmt: str) -> list[Step]:
+    """Let an image that backs on a kept one name its result, `final`, of format `fmt`."""
+    name = relative_name(final, above.path.parent) if above.relative else str(final)
+    argv = rebase_unsafe_argv(above.path, above.format, name, fmt)
+    label = f"re-point {above.path.name}"
+    command = Command(tuple(argv), label=label, writes=(above.path,))
+    return [command, Sync(above.path), Confirm(above.path, final, fmt)]
 
 
 def sequence(

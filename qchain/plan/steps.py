@@ -13,6 +13,7 @@ from pathlib import Path
 from qchain.plan.commands import image_opts
 
 __all__ = [
+    "Adopt",
     "Command",
     "Compare",
     "Confirm",
@@ -77,12 +78,21 @@ class Confirm:
     """The header of `image`, read again, names `backing` (None: nothing) as its backing file.
 
     An exit code is not evidence: what was the backing before goes away only after this.
-    `backing_format`: what the header must record of it.
+    `backing_format`: what the header must record of it. `final`: the name from which it is
+    to be understood, where the image does not have its last one yet.
     """
 
     image: Path
     backing: Path | None
     backing_format: str | None = None
+    final: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """The new file `image` is whole: know it from now on by what it is, not by its name."""
+
+    image: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +144,8 @@ class Unlink:
 
 
 Step = (
-    Command
+    Adopt
+    | Command
     | Freeze
     | Compare
     | Confirm
@@ -180,7 +191,7 @@ def arguments(step: Step, program: str = "qemu-img") -> list[str] | None:
             return ["mv", "-T", "--", str(old), str(new)]
         case Unlink(path):
             return ["rm", "-f", "--", str(path)]
-        case Freeze() | Confirm():
+        case Freeze() | Confirm() | Adopt():
             return None
 
 
@@ -206,6 +217,8 @@ def as_json(step: Step, program: str = "qemu-img") -> dict[str, object]:
             return {"compare": [str(old), str(new)], "below": None if below is None else str(below)}
         case Confirm(image, backing):
             return {"confirm": [str(image), None if backing is None else str(backing)]}
+        case Adopt(image):
+            return {"adopt": str(image)}
         case Freeze(image, into):
             return {"freeze": [str(image), str(into)]}
         case _:

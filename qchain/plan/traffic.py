@@ -21,6 +21,7 @@ from qchain.chain.layer import Layer, Masks, Qcow2Layer
 from qchain.chain.ownership import unify
 from qchain.chain.parallel import thread_pool
 from qchain.chain.resolve import mask_windows
+from qchain.plan.clusters import ClusterCount
 from qchain.plan.zeroes import View, view_of
 from qchain.qcow2.header_limits import MAX_L1_BYTES
 
@@ -44,6 +45,7 @@ class Traffic:
         extents: contiguous runs of both.
         new_clusters: clusters of the target that get data and had none.
         new_tables: L2 tables of the target that come into being, for zero writes too.
+        copy_bytes: of a copy: data that is copied before it is pulled into.
     """
 
     commit_bytes: int = 0
@@ -53,6 +55,7 @@ class Traffic:
     extents: int = 0
     new_clusters: int = 0
     new_tables: int = 0
+    copy_bytes: int = 0
 
     def add(self, other: Traffic) -> None:
         for name in Traffic.__slots__:
@@ -107,6 +110,7 @@ class _Window:
         for layer in layers:
             limit = min(layer.size, end)
             found.append(layer.masks(start, limit, zeroes=True) if limit > start else None)
+        self.packed = [m is not None and m.packed for m in found]
         self.unit, wide = unify(layers, found, start, end)
         self.count = (end - start) // self.unit
         self.allocated = [None if m is None else m.allocated for m in wide]
@@ -132,7 +136,12 @@ class _Window:
     def empty(self) -> bool:
         return all(mask is None for mask in self.allocated)
 
-    def traffic(self, targets: Sequence[int], tables: Sequence[_Tables]) -> list[Traffic]:
+    def traffic(
+        self,
+        targets: Sequence[int],
+        tables: Sequence[_Tables],
+        clusters: Sequence[ClusterCount],
+    ) -> list[Traffic]:
         """Counts for each target (a layer index; 0 is the kept image).
 
         The L2 tables that are written to are noted in `tables`. Unions grow from layer to
@@ -149,7 +158,10 @@ class _Window:
             down = above.over(own)
             if target in wanted:
                 place = wanted[target]
-                out[place] = self._one(target, above, down, own, below[target + 1], tables[place])
+                out[place] = self._one(
+                    target, above, down, own, below[target + 1], tables[place],
+                    clusters[place] if clusters else None,
+                )  # fmt: skip
             above = down
         return out
 
@@ -161,6 +173,7 @@ class _Window:
         own: _Shown,
         below: _Shown,
         tables: _Tables,
+        clusters: ClusterCount | None,
     ) -> Traffic:
         """One target: what is above it, that and its own, its own, and what is below it."""
         out = Traffic()
@@ -188,6 +201,11 @@ class _Window:
             touched = _union(dirty, moved)
             assert touched is not None
             tables.touch(touched, self.unit, self.start)
+            if clusters is not None:
+                host = None
+                if own.zero is None and not self.packed[target]:
+                    host = np.zeros(0, bool) if own.mask is None else own.mask
+                clusters.note(self.start, self.unit, copied, dirty, moved, host)
         return out
 
     def _copied(self, target: Layer, dirty: Bools, piece: int) -> tuple[Bools, int]:
@@ -331,6 +349,7 @@ def count_traffic(
     targets: Sequence[int],
     under: Sequence[Layer] = (),
     progress: Callable[[int, int], None] | None = None,
+    clusters: Sequence[ClusterCount] = (),
 ) -> list[Traffic]:
     """What each target of a group would cost.
 
@@ -338,6 +357,7 @@ def count_traffic(
         layers: the group, kept image first, then downwards.
         targets: indices into `layers`.
         under: what lies below the group, the new backing first; nothing where it is dropped.
+        clusters: one for each target, gets what it needs.
     """
     longest = max(layers, key=lambda layer: layer.size)
     size = longest.size
@@ -350,7 +370,7 @@ def count_traffic(
         window = _Window(layers, under, *span)
         if not window.count or (window.empty and under):
             return None
-        return window.traffic(targets, tables)
+        return window.traffic(targets, tables, clusters)
 
     with thread_pool() as pool:
         for (_, end), found in zip(spans, pool.map(one, spans), strict=True):
@@ -360,4 +380,7 @@ def count_traffic(
                 progress(end, size)
     for total, each in zip(totals, tables, strict=True):
         total.new_tables = each.new
+    for count, each in zip(clusters, tables, strict=False):
+        if each.span:
+            count.touched, count.there = each.touched, each.there
     return totals

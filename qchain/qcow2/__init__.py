@@ -1,7 +1,8 @@
 """What is in this file? The qcow2 format: declared, parsed, decoded in bulk.
 
 - `structures`: every structure of the format, declared with construct. This is
-  the specification, and what all single parses go through.
+  the specification.
+- `heads`: headers and heads of entries read with `struct`, proved equal to it.
 - `header`: header, feature bits and extensions, judged by qemu's limits.
 - `snapshots`, `bitmaps`, `refcounts`: the other tables of an image.
 - `foreign`: which other image format a file is in.
@@ -16,6 +17,7 @@ __all__ = [
     "entries",
     "foreign",
     "header",
+    "heads",
     "refcounts",
     "snapshots",
     "structures",

@@ -93,13 +93,18 @@ def allocated_extended(raw: U64) -> Bools:
     return np.unpackbits(both.view(np.uint8), bitorder="little").view(np.bool_)
 
 
-def zero_standard(raw: U64) -> Bools | None:
-    """Which big-endian entries are zero clusters, shape (n,); None if none is."""
+def zero_standard(raw: U64) -> tuple[Bools | None, bool]:
+    """Which big-endian entries are zero clusters, shape (n,), None if none is.
+
+    And whether any entry is compressed.
+    """
     # Most images have none: one pass without a result array tells.
-    if not len(raw) or not np.bitwise_or.reduce(raw) & _ZERO_BE:
-        return None
+    bits = np.bitwise_or.reduce(raw) if len(raw) else np.uint64(0)
+    packed = bool(bits & _COMPRESSED_BE)
+    if not bits & _ZERO_BE:
+        return None, packed
     out: Bools = (raw & (_ZERO_BE | _COMPRESSED_BE)) == _ZERO_BE
-    return out if out.any() else None
+    return out if out.any() else None, packed
 
 
 def zero_extended(raw: U64) -> Bools | None:

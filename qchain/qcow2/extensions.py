@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from qchain.qcow2.findings import Finding, Level
-from qchain.qcow2.structures import BITMAPS_EXTENSION, EXTENSION_HEAD, FEATURE_NAME, LUKS_POINTER
+from qchain.qcow2.heads import (
+    BITMAPS_EXTENSION,
+    EXTENSION_HEAD,
+    FEATURE_NAME,
+    LUKS_POINTER,
+    BitmapsExtension,
+    LuksPointer,
+    extension_head,
+    feature_name,
+)
 
 __all__ = [
     "EXTENSION_NAMES",
@@ -40,7 +49,6 @@ EXTENSION_NAMES = {
 }
 """What each type that we know holds. Others are kept as they are."""
 
-_HEAD = EXTENSION_HEAD.sizeof()
 # qemu writes at most six. A 2 MiB cluster full of empty ones would cost seconds.
 _MAX_EXTENSIONS = 1024
 # Three bitmaps of 64 bits: more names than bits are of no use.
@@ -54,21 +62,6 @@ class Extension(NamedTuple):
 
     type: int
     data: bytes
-
-
-class LuksPointer(NamedTuple):
-    """Where the LUKS header is: offset and length in bytes."""
-
-    offset: int
-    length: int
-
-
-class BitmapsExtension(NamedTuple):
-    """Where the bitmap directory is: sizes and offsets in bytes."""
-
-    nb_bitmaps: int
-    directory_size: int
-    directory_offset: int
 
 
 @dataclass(slots=True)
@@ -100,29 +93,29 @@ class Extensions:
         """
         position = start
         while position < end:
-            head = EXTENSION_HEAD.parse(area[position : position + _HEAD].ljust(_HEAD, b"\0"))
-            reached: int = position + _HEAD
-            if head.type == 0 and head.length == 0:
+            reached = position + EXTENSION_HEAD
+            kind, length = extension_head(area[position:reached].ljust(EXTENSION_HEAD, b"\0"))
+            if kind == 0 and length == 0:
                 return reached
-            if head.length > end - reached:
+            if length > end - reached:
                 self._invalid(
-                    f"header extension {head.type:#010x} at offset {position} "
+                    f"header extension {kind:#010x} at offset {position} "
                     f"runs out of its area, which ends at {end}"
                 )
                 return reached
             position = reached
-            if head.type == 0:
+            if kind == 0:
                 return reached
-            reached += head.length
+            reached += length
             data = area[position:reached]
-            if len(data) < head.length:
-                self._invalid(f"header extension {head.type:#010x} ends beyond the file")
+            if len(data) < length:
+                self._invalid(f"header extension {kind:#010x} ends beyond the file")
                 return reached
             if len(self.all) == _MAX_EXTENSIONS:
                 self._invalid(f"more than {_MAX_EXTENSIONS} header extensions")
                 return reached
-            self.all.append(Extension(head.type, data))
-            position += -(-head.length // 8) * 8
+            self.all.append(Extension(kind, data))
+            position += -(-length // 8) * 8
         return position
 
     def decode(self, *, cluster_size: int, crypt_method: int, bitmaps_valid: bool) -> None:
@@ -143,25 +136,24 @@ class Extensions:
                 self._decode_bitmaps(data, cluster_size, bitmaps_valid)
 
     def _decode_feature_names(self, data: bytes) -> None:
-        size = FEATURE_NAME.sizeof()
-        for start in range(0, min(len(data) // size, _MAX_FEATURE_NAMES) * size, size):
-            entry = FEATURE_NAME.parse(data[start : start + size])
-            name = entry.name.split(b"\0")[0].decode("utf-8", "replace")
-            self.feature_names.setdefault((entry.type, entry.bit), name)
+        count = min(len(data) // FEATURE_NAME, _MAX_FEATURE_NAMES)
+        for start in range(0, count * FEATURE_NAME, FEATURE_NAME):
+            kind, bit, padded = feature_name(data[start : start + FEATURE_NAME])
+            name = padded.split(b"\0")[0].decode("utf-8", "replace")
+            self.feature_names.setdefault((kind, bit), name)
 
     def _decode_luks(self, data: bytes, cluster_size: int, crypt_method: int) -> None:
         if crypt_method != 2:
             self._invalid("pointer to a LUKS header, but the encryption is not LUKS")
-        elif len(data) != LUKS_POINTER.sizeof():
+        elif len(data) != LUKS_POINTER:
             self._invalid(f"LUKS header extension of {len(data)} bytes, 16 are right")
         else:
-            entry = LUKS_POINTER.parse(data)
-            self.luks = LuksPointer(entry.offset, entry.length)
-            if entry.offset % cluster_size:
-                self._invalid(f"LUKS header offset {entry.offset} is not cluster-aligned")
+            self.luks = LuksPointer.parse(data)
+            if self.luks.offset % cluster_size:
+                self._invalid(f"LUKS header offset {self.luks.offset} is not cluster-aligned")
 
     def _decode_bitmaps(self, data: bytes, cluster_size: int, valid: bool) -> None:
-        if len(data) != BITMAPS_EXTENSION.sizeof():
+        if len(data) != BITMAPS_EXTENSION:
             self._invalid(f"bitmaps extension of {len(data)} bytes, 24 are right")
             return
         if not valid:
@@ -170,10 +162,7 @@ class Extensions:
                 Finding("bitmaps are stale: their autoclear bit is not set", Level.WARNING)
             )
             return
-        entry = BITMAPS_EXTENSION.parse(data)
-        self.bitmaps = BitmapsExtension(
-            entry.nb_bitmaps, entry.directory_size, entry.directory_offset
-        )
+        entry = self.bitmaps = BitmapsExtension.parse(data)
         if entry.reserved:
             self._invalid("reserved field of the bitmaps extension is not zero")
         if not 1 <= entry.nb_bitmaps <= MAX_BITMAPS:

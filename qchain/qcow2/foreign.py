@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qchain.qcow2.structures import MAGIC
+from qchain.qcow2.heads import MAGIC
 
 __all__ = ["PROBE_BYTES", "foreign_format", "is_qcow2"]
 

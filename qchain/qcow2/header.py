@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 from qchain.errors import ImageError, Unsupported
 from qchain.hostfile import HostFile
@@ -18,7 +18,7 @@ from qchain.qcow2.extensions import BitmapsExtension, Extension, Extensions, Luk
 from qchain.qcow2.findings import Finding, Level
 from qchain.qcow2.foreign import PROBE_BYTES, foreign_format
 from qchain.qcow2.header_limits import MAX_BACKING_NAME, MAX_CLUSTER_BITS, judge
-from qchain.qcow2.structures import HEADER_V2, HEADER_V3_TAIL, MAGIC
+from qchain.qcow2.heads import HEADER_V2, HEADER_V3_TAIL, MAGIC, HeaderTail, HeaderV2
 
 __all__ = ["Header", "read_header"]
 
@@ -28,8 +28,8 @@ AUTOCLEAR: Final = ("bitmaps", "raw external data")
 
 DIRTY, CORRUPT, DATA_FILE, COMPRESSION, EXTENDED_L2 = (1 << bit for bit in range(5))
 
-_FIRST_READ = 65536
-_V2_LENGTH = HEADER_V2.sizeof()
+_FIRST_READ = 4096
+_V2_LENGTH = HEADER_V2
 _V3_LENGTH = 104
 
 
@@ -189,8 +189,8 @@ class Header:
 def read_header(file: HostFile) -> Header:
     """Parse and judge the header of `file`.
 
-    Reads the first 64 KiB, and the rest of the first cluster (at most 2 MiB) only
-    if the header reaches there.
+    Reads the first 4 KiB, and the whole first cluster (at most 2 MiB) only if the header
+    reaches beyond.
 
     Raises:
         ImageError: the file is not qcow2 version 2 or 3, or ends within the header;
@@ -198,7 +198,7 @@ def read_header(file: HostFile) -> Header:
     """
     area = file.pread(0, _FIRST_READ)
     version = _version_of(file, area)
-    base = HEADER_V2.parse(area)
+    base = HeaderV2.parse(area)
     tail = _tail_of(area, version)
     cluster_size = 1 << min(base.cluster_bits, MAX_CLUSTER_BITS)
 
@@ -269,25 +269,17 @@ def _version_of(file: HostFile, area: bytes) -> int:
     return version
 
 
-def _tail_of(area: bytes, version: int) -> Any:
+def _tail_of(area: bytes, version: int) -> HeaderTail:
     """The fields of version 3; for version 2, what it implies."""
     if version == 2:
-        implied = {"refcount_order": 4, "header_length": _V2_LENGTH}
-        raw = HEADER_V3_TAIL.build(
-            {"incompatible": 0, "compatible": 0, "autoclear": 0, "compression_type": 0}
-            | implied
-            | {"padding": bytes(7)}
-        )
-        return HEADER_V3_TAIL.parse(raw)
-    raw = area[_V2_LENGTH : _V2_LENGTH + HEADER_V3_TAIL.sizeof()]
-    tail = HEADER_V3_TAIL.parse(raw.ljust(HEADER_V3_TAIL.sizeof(), b"\0"))
-    if tail.header_length <= _V3_LENGTH:
-        tail.compression_type = 0
-    return tail
+        return HeaderTail(0, 0, 0, 4, _V2_LENGTH, 0)
+    raw = area[_V2_LENGTH : _V2_LENGTH + HEADER_V3_TAIL]
+    tail = HeaderTail.parse(raw.ljust(HEADER_V3_TAIL, b"\0"))
+    return tail._replace(compression_type=0) if tail.header_length <= _V3_LENGTH else tail
 
 
 def _backing_name(
-    area: bytes, base: Any, cluster_size: int
+    area: bytes, base: HeaderV2, cluster_size: int
 ) -> tuple[str | None, tuple[Finding, ...]]:
     """The backing file name, or None and why it cannot be taken."""
     offset, length = base.backing_file_offset, base.backing_file_size

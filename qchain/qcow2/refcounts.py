@@ -16,7 +16,6 @@ from qchain.errors import ImageError
 from qchain.hostfile import HostFile
 from qchain.qcow2.header import Header
 from qchain.qcow2.header_limits import MAX_REFCOUNT_TABLE_BYTES
-from qchain.qcow2.structures import REFCOUNT_TABLE_ENTRY, refcount_block
 
 __all__ = [
     "BadBlock",
@@ -69,6 +68,9 @@ def read_refcount(file: HostFile, header: Header, host_cluster: int) -> int:
     Raises:
         ImageError: the header's table, or the block, is not where one can be.
     """
+    # Imported late: construct takes its time, and few commands look at one refcount.
+    from qchain.qcow2.structures import REFCOUNT_TABLE_ENTRY, refcount_block
+
     per_block = _per_block(file, header)
     index = host_cluster // per_block
     if host_cluster < 0 or index * 8 >= header.refcount_table_clusters * header.cluster_size:

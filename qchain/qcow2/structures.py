@@ -1,8 +1,8 @@
 """Every structure of the qcow2 format, declared with construct.
 
-These declarations are the specification of qchain: all single parses go
-through them, and property tests prove the numpy decoders of `entries` and
-`refcounts` equal to them. All integers are big endian. Offsets are bytes into
+These declarations are the specification of qchain: single parses go through
+them, and property tests prove what is faster equal to them, `heads` and the
+numpy decoders of `entries` and `refcounts`. All integers are big endian. Offsets are bytes into
 the image file unless said otherwise. The rule beside each field is that of
 the qcow2 specification (docs/interop/qcow2 of QEMU), section named above it.
 Reserved bits are declared, not checked: whoever judges them needs their value.
@@ -33,6 +33,8 @@ from construct import (
     this,
 )
 
+from qchain.qcow2.heads import MAGIC
+
 __all__ = [
     "BITMAPS_EXTENSION",
     "BITMAP_ENTRY",
@@ -55,8 +57,6 @@ __all__ = [
     "l2_entry_extended",
     "refcount_block",
 ]
-
-MAGIC = b"QFI\xfb"
 
 # --- Section "Header" -------------------------------------------------------
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from qchain.errors import ImageError
 from qchain.hostfile import HostFile
+from qchain.memory import aligned
 from qchain.qcow2.entries import OFFSET_MASK
 from qchain.qcow2.header import Header
 
@@ -29,10 +30,10 @@ _local = threading.local()
 def _scratch(words: int) -> U64:
     """The calling thread's buffer, content undefined: fresh memory costs page faults."""
     if words > _SCRATCH_WORDS:
-        return np.empty(words, np.uint64)
+        return aligned(8 * words).view(np.uint64)
     kept: U64 | None = getattr(_local, "words", None)
     if kept is None or len(kept) < words:
-        kept = _local.words = np.empty(words, np.uint64)
+        kept = _local.words = aligned(8 * words).view(np.uint64)
     return kept[:words]
 
 
@@ -112,7 +113,7 @@ class MapTables:
             return None
         size = 8 * self.words
         count = (last - first) * self.words
-        out = _scratch(count) if scratch else np.empty(count, np.uint64)
+        out = _scratch(count) if scratch else aligned(8 * count).view(np.uint64)
         view = memoryview(out.view(np.uint8).data)
         if len(tables) == 1:
             self._read(view, int(tables[0]) + (first - start_table * self.per_table) * size)

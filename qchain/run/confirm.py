@@ -1,4 +1,4 @@
-"""Is it so? A header, read again after qemu-img has written it: an exit code is not evidence."""
+"""What qemu-img wrote to a header, read again: an exit code is no evidence."""
 
 from __future__ import annotations
 
@@ -12,15 +12,23 @@ from qchain.qcow2.header import read_header
 __all__ = ["confirm"]
 
 
-def confirm(image: Path, backing: Path | None, fmt: str | None) -> None:
-    """Raise `FailedMidway` unless `image` names the file `backing`, and records its format.
+def confirm(
+    image: Path, backing: Path | None, fmt: str | None, final: Path | None, switched: bool
+) -> None:
+    """Require that the header of `image` names `backing`, of format `fmt` (None: nothing).
 
-    None: it names none.
+    Args:
+        final: the name from which the header is to be understood, if that is not `image`.
+        switched: whether names have changed already; then a missing `image` is no fault.
+
+    Raises: `FailedMidway`.
     """
+    if not image.exists() and switched:
+        return  # repeated after the rename
     with HostFile(image) as file:
         header = read_header(file)
     name = header.backing_name
-    found = None if name is None else resolve_name(name, image)
+    found = None if name is None else resolve_name(name, final or image)
     same = (
         found is None
         if backing is None

@@ -93,9 +93,10 @@ def run_group(
         if whole:
             journal.remove()
         if isinstance(error, KeyboardInterrupt):
-            if whole and not altered:
-                raise
-            raise KeyboardInterrupt(_way_on(whole, altered, "merge again")) from None
+            # What was written, if anything, shows through no image.
+            as_before = "every point reads as before; merge again"
+            way = _way_on(whole, altered, "merge again") if altered or not whole else as_before
+            raise KeyboardInterrupt(way) from None
         way = _way_on(whole, altered, "mend this and merge again")
         if isinstance(error, OSError):
             what = str(error.filename or run.t_path)
@@ -107,7 +108,9 @@ def run_group(
 
 def _let_go(locks: ChainLocks) -> None:
     """Close what has no name any more: only then its space is free for the next group."""
-    gone = [layer for layer in locks.layers if not os.fstat(layer.file.fd).st_nlink]
+    gone = [
+        layer for layer in locks.layers if layer.file.fd < 0 or not os.fstat(layer.file.fd).st_nlink
+    ]
     locks.layers = [layer for layer in locks.layers if layer not in gone]
     for layer in gone:
         layer.data.close()
@@ -198,10 +201,13 @@ def execute(
             sole(files, [layer.file for layer in merged]),
             ChainLocks(layers, merged) as locks,
         ):
-            _unchanged(layers)
-            _alone(plan)
-            for line in unfinished_refusals(layers, [group.group for group in plan.groups]):
-                raise Refused("merge", line, "")
+            try:
+                _unchanged(layers)
+                _alone(plan)
+                for line in unfinished_refusals(layers, [group.group for group in plan.groups]):
+                    raise Refused("merge", line, "")
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt("nothing was changed") from None
             journal = Journal.begin(plan)
             for number, (group, record) in enumerate(zip(plan.groups, journal.groups, strict=True)):
                 held = [layers[index] for index in (*group.group.line, *group.group.onto)]

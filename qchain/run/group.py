@@ -19,6 +19,7 @@ from qchain.errors import FailedMidway, QchainError, Refused
 from qchain.hostfile import HostFile
 from qchain.plan.commands import rebase_unsafe_argv, unlocked_argv
 from qchain.plan.steps import (
+    Adopt,
     Command,
     Compare,
     Confirm,
@@ -75,8 +76,8 @@ class GroupRun:
         only steps are left that change names. `locks` hold all files that there are."""
         self.record, self.layers, self.verify = record, layers, verify
         self.qemu, self.observer, self.locks = qemu, observer, locks
-        self.t = layers[record.target] if layers else None
-        self.t_path = record.layers[record.target].path
+        self.t = layers[record.target] if layers and record.copy is None else None
+        self.t_path = record.goal.path
         # The kept point as it reads before the merge, through files held open.
         self.old: list[Layer] = list(layers[: len(record.line)])
         self.below: list[Layer] = [] if record.below is None else list(layers[record.below :])
@@ -94,14 +95,14 @@ class GroupRun:
         match step:
             case Command():
                 self._command(step)
+            case Adopt(image):
+                self._adopt(image)
             case Freeze(_, into):
                 self._freeze(into)
             case Compare():
                 self._compare(step)
-            case Confirm(image, backing, fmt):
-                # Repeated after a rename there may be no such name any more.
-                if image.exists() or not self.switched:
-                    confirm(image, backing, fmt)
+            case Confirm(image, backing, fmt, final):
+                confirm(image, backing, fmt, final, self.switched)
             case MakeDirectory(path):
                 make_private(path)
                 self.made.append(path)
@@ -185,7 +186,7 @@ class GroupRun:
         fsync_file(path)
 
     def _rename(self, old: Path, new: Path) -> None:
-        target = self.record.layers[self.record.target]
+        target = self.record.goal
         if self._expected(old, target) is None:
             if not self._is_target(new):
                 raise FailedMidway(old, "is missing")
@@ -216,6 +217,8 @@ class GroupRun:
         if verb == "create":
             self._create(step)
             return
+        if verb == "convert":
+            self.made.append(self.t_path)
         if verb == "rebase" and "-u" not in step.argv:
             self._before_pull()
         passed = {known.id for known in self.record.layers[1 : self.record.target]}
@@ -262,6 +265,16 @@ class GroupRun:
         if self._led_away():
             self.restore_backing()
 
+    def _adopt(self, image: Path) -> None:
+        assert self.journal is not None and self.record.copy is not None
+        file = HostFile(image)
+        self.opened.append(file)
+        header = read_header(file)
+        header.require_readable(image)
+        layer = Qcow2Layer(image, file, header)
+        self.locks.join(layer)
+        self.journal.adopt(self.record.copy, layer)
+
     def _freeze(self, into: Path) -> None:
         assert isinstance(self.t, Qcow2Layer)
         rescued = into.with_name("rescued")
@@ -288,11 +301,10 @@ class GroupRun:
         self.observer.step("verify", step.weight)
         file = HostFile(step.new)
         self.opened.append(file)
-        assert self.t is not None
-        if file.id != self.t.file.id:
+        if file.id != self.record.goal.id:
             raise FailedMidway(step.new, "is not the file that was merged into")
         new: Layer
-        if self.t.format == "raw":
+        if self.record.goal.format == "raw":
             new = RawLayer(step.new, file)
         else:
             header = read_header(file)
@@ -363,6 +375,8 @@ class GroupRun:
                 self._note(link)
             case Command(argv) if argv[0] == "create":
                 self.made.append(_created(step))
+            case Command(argv) if argv[0] == "convert":
+                self.made.append(self.t_path)
             case _:
                 pass
 
@@ -376,7 +390,7 @@ class GroupRun:
             self.qemu.run(unlocked_argv(argv) if held else argv, pass_fds=held)
         self._flush(self.t_path)
         below = None if name is None else self.record.layers[self.record.target + 1].path
-        confirm(self.t_path, below, fmt)
+        confirm(self.t_path, below, fmt, None, self.switched)
 
     def _led_away(self) -> bool:
         """Whether the target's header names another backing file than before the merge."""
@@ -452,7 +466,7 @@ class GroupRun:
 
     def _is_target(self, path: Path) -> bool:
         file = self._held(path)
-        return file is not None and file.id == self.record.layers[self.record.target].id
+        return file is not None and file.id == self.record.goal.id
 
 
 def _is_file(path: Path, file: HostFile) -> bool:

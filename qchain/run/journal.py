@@ -7,14 +7,16 @@ and durably before each step. Format 3:
      "verify", "names", "allow_format_change": bool, "scan": [path],
      "layers": [{"path", "format", "device", "inode", "size", "mtime_ns", "digest"}],
      "groups": [{"line": [index], "count": c, "own": o, "target": t,
-                 "present": [name, format] | null, "steps": [..], "onto": [index]}],
+                 "copy": index | null, "present": [name, format] | null, "steps": [..],
+                 "onto": [index]}],
      "group": g, "step": s, "unsettled": [index], "carrying": bool,
      "altered": bool}
 
 `layers`: all files of the tree. A group's line: from its kept image down to the base; its
 first c are merged, its first o are its own (the others are only read, and stay), and its
-target is among them, at place t of the line. `onto`: the chain that a rebase leads the kept
-image to, empty for a merge. `home`: the inode of the journal's directory.
+target is among them, at place t of the line. Of a copy `layers` has the new file, known only
+when it is whole (inode 0 until then). `onto`: the chain that a rebase leads the kept image to,
+empty for a merge. `home`: the inode of the journal's directory.
 `present`: the target's backing name before. Step s of group g may have been done in part,
 those before it are done. Each layer is described as it was when it was last durable and
 ours; those in `unsettled` were being written to. `carrying`: what a guest wrote to the kept
@@ -41,7 +43,7 @@ from qchain.chain.layer import Layer
 from qchain.chain.scan import JOURNAL_SUFFIX, WORK_PREFIX
 from qchain.hostfile import FileId, HostFile
 from qchain.plan.plan import Plan
-from qchain.plan.steps import Step
+from qchain.plan.steps import Adopt, Step
 from qchain.plan.stored import step_to_json
 from qchain.run.durable import fsync_file, unlink_durably, write_durably
 from qchain.run.identity import FileState, state_of
@@ -72,7 +74,13 @@ class GroupRecord:
     target: int
     present: tuple[str, str | None] | None
     steps: tuple[Step, ...]
+    copy: int | None = None
     onto: tuple[int, ...] = ()
+
+    @property
+    def goal(self) -> LayerRecord:
+        """The file that becomes the result."""
+        return self.chain[self.line[self.target] if self.copy is None else self.copy]
 
     @property
     def layers(self) -> list[LayerRecord]:
@@ -128,17 +136,23 @@ class Journal:
         chain = [record_of(layer) for layer in plan.layers]
         groups = []
         for group in plan.groups:
-            assert group.chosen is not None and group.chosen.target is not None
-            backing = plan.layers[group.chosen.target].backing
+            assert group.chosen is not None
+            target, copy = group.chosen.target, None
+            if target is None:
+                (new,) = (step.image for step in group.steps if isinstance(step, Adopt))
+                copy = len(chain)
+                chain.append(_unknown(new, plan.layers[group.group.kept].format))
+            backing = None if target is None else plan.layers[target].backing
             groups.append(
                 GroupRecord(
                     chain,
                     group.group.line,
                     group.group.count,
                     group.group.own,
-                    group.group.line.index(group.chosen.target),
+                    0 if target is None else group.group.line.index(target),
                     None if backing is None else (backing.name, backing.format),
                     group.steps,
+                    copy,
                     group.group.onto,
                 )
             )
@@ -190,6 +204,13 @@ class Journal:
                     break
         self.unsettled.clear()
 
+    def adopt(self, index: int, layer: Layer | None) -> None:
+        """A new file is whole: know it by what it is. None: it is to be made again."""
+        known = self.chain[index]
+        self.chain[index] = (
+            _unknown(known.path, known.format) if layer is None else record_of(layer)
+        )
+
     def remove(self) -> None:
         """Nothing is left to do. The pointers first: none may lead nowhere."""
         for pointer in self.pointers():
@@ -233,6 +254,10 @@ class Journal:
         }
 
 
+def _unknown(path: Path, fmt: str) -> LayerRecord:
+    return LayerRecord(path, fmt, FileId(0, 0), FileState(0, 0, ""))
+
+
 def record_of(layer: Layer) -> LayerRecord:
     """A file of the chain as it is now, under its name as the steps have it."""
     return LayerRecord(layer.path.absolute(), layer.format, layer.file.id, state_of(layer.file))
@@ -270,6 +295,7 @@ def _group_json(record: GroupRecord) -> dict[str, object]:
         "count": record.count,
         "own": record.own,
         "target": record.target,
+        "copy": record.copy,
         "present": record.present,
         "steps": [step_to_json(step) for step in record.steps],
         "onto": record.onto,

@@ -188,10 +188,12 @@ def _group(chain: list[LayerRecord], stored: Any) -> GroupRecord:
     own = index(stored["own"], count + 1)
     if count < (1 if onto else 2) or own < 1:
         raise ValueError("a group without dropped images")
-    present = stored["present"]
+    present, copy = stored["present"], stored["copy"]
+    if copy is not None and index(copy, len(chain)) in line:
+        raise ValueError("a copy that is in the chain")
     if present is not None:
         name, fmt = listed(present)
         present = (text(name), None if fmt is None else text(fmt))
     steps = tuple(step_from_json(step) for step in listed(stored["steps"]))
     target = index(stored["target"], own)
-    return GroupRecord(chain, line, count, own, target, present, steps, onto)
+    return GroupRecord(chain, line, count, own, target, present, steps, copy, onto)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from qchain.chain.scan import JOURNAL_SUFFIX, WORK_PREFIX
 from qchain.errors import ImageError, Refused
-from qchain.plan.sequence import SAVED_SUFFIX
+from qchain.plan.names import SAVED_SUFFIX
 from qchain.plan.steps import (
+    Adopt,
     Command,
     Compare,
     Confirm,
@@ -32,7 +33,7 @@ from qchain.run.journal import GroupRecord, Journal
 
 __all__ = ["require_lawful"]
 
-_VERBS = frozenset({"commit", "create", "rebase", "resize"})
+_VERBS = frozenset({"commit", "convert", "create", "rebase", "resize"})
 
 
 def require_lawful(journal: Journal) -> None:
@@ -78,6 +79,8 @@ class _Rule:
         match step:
             case Command():
                 return self._command(step)
+            case Adopt(image):
+                return self.group.copy is not None and self._new(image)
             case Freeze(image, into):
                 return image in self.members and self._work(into)
             case Compare(old, new, below):
@@ -111,6 +114,8 @@ class _Rule:
             return False
         if step.cwd is not None and step.cwd not in self.places:
             return False
+        if argv[0] == "convert":
+            return self._new(Path(argv[-1])) and step.writes == (Path(argv[-1]),)
         if argv[0] == "create":
             return self._work((step.cwd or Path("/")) / argv[-2])
         if "--image-opts" in argv:
@@ -125,6 +130,10 @@ class _Rule:
         for step in self.group.steps:
             if isinstance(step, HardLink) and step.existing == target:
                 yield step
+
+    def _new(self, path: Path) -> bool:
+        """The new file of a copy, in its work directory."""
+        return self.group.copy is not None and path == self.group.goal.path and self._work(path)
 
     # --- names ---------------------------------------------------------------------
 

@@ -57,6 +57,12 @@ class ChainLocks:
     def __exit__(self, *_: object) -> None:
         self._release()
 
+    def join(self, layer: Layer) -> None:
+        """Hold a new file too. Raises `Refused` when somebody has it already."""
+        if probe(layer.file.fd).known:
+            hold_reader(layer.file.fd)
+        self.layers.append(layer)
+
     def _release(self) -> None:
         for layer in self.layers:
             if layer.file.fd >= 0 and probe(layer.file.fd).known:

@@ -22,7 +22,7 @@ from qchain.chain.gate import Gate
 from qchain.chain.layer import Layer
 from qchain.errors import FailedMidway, ImageError, Refused
 from qchain.hostfile import FileId, HostFile
-from qchain.plan.steps import Command, Compare, Confirm, SymbolicLink, Sync
+from qchain.plan.steps import Command, Compare, Confirm, Rename, SymbolicLink, Sync
 from qchain.run.durable import discard_unwritten
 from qchain.run.execute import Silent, named, run_group
 from qchain.run.group import GroupRun, Observer
@@ -147,6 +147,9 @@ def _recovered(journal: Journal, way: _Way) -> Recovered:
         first = _where_to_begin(record, journal.step) if number == journal.group else 0
         if number != journal.group:
             journal.group, journal.step, journal.altered = number, 0, False
+        if record.copy is not None and first == 0:
+            # Made again in the same file: nobody, we included, may hold that one.
+            journal.adopt(record.copy, None)
         with open_files(journal) as files:
             layers = layers_of(journal, files)
             alone = [*record.members, *(journal.chain[index] for index in journal.actives)]
@@ -172,9 +175,12 @@ def _still(layers: dict[FileId, Layer]) -> None:
 def _where_to_begin(record: GroupRecord, step: int) -> int:
     """The step to repeat.
 
-    For a flush or a look at a header: the command before it. What it wrote may be lost.
+    For a flush or a look at a header: the command before it. What it wrote may be lost. A copy
+    that has no name yet is made again.
     """
     steps, begin = record.steps, step
+    if record.copy is not None and not _has_its_name(record, step):
+        return 0
     while begin > 0 and isinstance(steps[begin], (Sync, Confirm, SymbolicLink)):
         begin -= 1
     if not isinstance(steps[begin], Command):
@@ -182,6 +188,12 @@ def _where_to_begin(record: GroupRecord, step: int) -> int:
     while begin > 0 and _creates(record, begin) and _creates(record, begin - 1):
         begin -= 1
     return begin
+
+
+def _has_its_name(record: GroupRecord, step: int) -> bool:
+    """Whether the new file of a copy has taken the place of another one."""
+    switch = next(n for n, each in enumerate(record.steps) if isinstance(each, Rename))
+    return step > switch or (step == switch and not os.path.lexists(record.goal.path))
 
 
 def _creates(record: GroupRecord, index: int) -> bool:

@@ -151,7 +151,7 @@ def examine(journal: Journal, record: GroupRecord, first: int, files: Files) -> 
     Raises: `Refused` for any other difference; nothing has been changed.
     """
     ahead = record.steps[first:]
-    kept, target = record.layers[0], record.layers[record.target]
+    kept, target = record.layers[0], record.goal
     content = any(moves_content(step) for step in ahead)
     if record.onto and any(isinstance(step, Confirm) for step in ahead):
         # Until its header is switched the image is to read the same over either chain.
@@ -175,14 +175,14 @@ def examine(journal: Journal, record: GroupRecord, first: int, files: Files) -> 
                 image = named.get(path)
             case Rename(old, new) if _id(files, new) != target.id:
                 image = named[new]
-                if old == target.path:
+                if old == target.path and record.copy is None:
                     _require(files, target, todo)
             case _:
                 pass
         if image is not None:
             _require(files, image, todo)
             _unchanged(journal, image, files, todo, kept, target)
-    if not live or not own or record.target == 0:
+    if not live or not own or (record.target == 0 and record.copy is None):
         return False
     for known in record.layers[1 : record.target + 1]:
         _require(files, known, todo)
@@ -194,7 +194,8 @@ def examine(journal: Journal, record: GroupRecord, first: int, files: Files) -> 
                 "holds an internal snapshot now, which the rest of the merge would lose",
                 "delete it ('qemu-img snapshot -d'), or try 'qchain recover --back'",
             )
-    return journal.carrying or _differs(journal, kept, files)
+    # A copy that had no name yet is made again, with whatever is in the kept image now.
+    return record.copy is None and (journal.carrying or _differs(journal, kept, files))
 
 
 def _ends(step: Step, kept: Path) -> bool:

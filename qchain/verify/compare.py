@@ -6,19 +6,21 @@ inode and offset, unless it is told to (`everything`).
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from qchain.chain.layer import Layer
-from qchain.chain.parallel import thread_pool, workers
+from qchain.chain.parallel import ahead, workers
 from qchain.chain.reader import fill, require_content
 from qchain.chain.resolve import Runs
+from qchain.memory import aligned
 from qchain.qcow2.entries import Kind
 from qchain.verify.pairing import Pairs, pair_up
 
@@ -26,9 +28,10 @@ __all__ = ["Comparison", "compare"]
 
 BATCH = 4 << 20
 """Guest bytes of short runs that a thread is given at once."""
-_LONG = 16 << 20
-"""The same of one long run, which is read in steps."""
-_STEP = 1 << 20
+_LONG = 64 << 20
+"""The most of one long run, which is read in steps: threads that are handed little wait for
+each other at the interpreter's lock."""
+_STEP = 2 << 20
 """Of a long run, bytes read and compared at once: both sides stay in the cache."""
 SECTOR = 512
 MAX_RANGES = 1 << 20
@@ -68,6 +71,10 @@ class Comparison:
             self.ranges.append((start, length))
 
 
+# One call, for which ctypes lets go of the interpreter's lock; numpy needs two and a third array.
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+
 _Found = list[tuple[int, int, int, int]]
 
 
@@ -94,13 +101,14 @@ class _Buffers(threading.local):
     """A thread's two buffers, used again and again: fresh memory costs page faults."""
 
     def __init__(self) -> None:
-        self.sides = np.empty((2, _STEP), np.uint8)
+        self.sides = aligned(2 * _STEP).reshape(2, _STEP)
 
-    def get(self, length: int) -> npt.NDArray[np.uint8]:
-        """Shape (2, length), content undefined."""
-        if self.sides.shape[1] < length:
-            self.sides = np.empty((2, length), np.uint8)
-        return self.sides[:, :length]
+    def get(self, wanted: int) -> npt.NDArray[np.uint8]:
+        """Shape (2, wanted), content undefined."""
+        if self.sides.shape[1] < wanted:
+            length = -(-wanted // SECTOR) * SECTOR
+            self.sides = aligned(2 * length).reshape(2, length)
+        return self.sides[:, :wanted]
 
 
 _buffers = _Buffers()
@@ -149,9 +157,8 @@ def _compare_long(a_layers: Sequence[Layer], b_layers: Sequence[Layer], a: Runs,
 
 
 def _equal(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> bool:
-    # Wide words are compared at memory speed; numpy lets go of the interpreter's lock.
-    wide = np.uint64 if len(a) % 8 == 0 else np.uint8
-    return not (a.view(wide) != b.view(wide)).any()
+    """Of two contiguous arrays of one length."""
+    return bool(_memcmp(a.ctypes.data, b.ctypes.data, len(a)) == 0)
 
 
 def _batches(pairs: Pairs, wanted: npt.NDArray[np.bool_]) -> Iterator[tuple[Runs, Runs]]:
@@ -160,13 +167,18 @@ def _batches(pairs: Pairs, wanted: npt.NDArray[np.bool_]) -> Iterator[tuple[Runs
     if not len(index):
         return
     a, b = _take(pairs.a, index), _take(pairs.b, index)
-    long = a.length >= _STEP
+    # Of little every thread gets a part.
+    share = int(a.length.sum()) // (8 * workers()) // _STEP * _STEP
+    most = min(max(share, BATCH), _LONG)
+    # Compressed clusters are not read in steps.
+    stepped = (a.kind != Kind.COMPRESSED) & (b.kind != Kind.COMPRESSED)
+    long = stepped & (a.length >= _STEP)
     edges = [0, *(np.flatnonzero(long[1:] | long[:-1]) + 1).tolist(), len(a)]
     for first, last in itertools.pairwise(edges):
         pick = np.arange(first, last)
         left, right = _take(a, pick), _take(b, pick)
         ends = np.cumsum(left.length)
-        size = _LONG if long[first] else BATCH
+        size = most if long[first] else BATCH
         for position in range(0, int(ends[-1]), size):
             yield _part(left, ends, position, size), _part(right, ends, position, size)
 
@@ -174,11 +186,8 @@ def _batches(pairs: Pairs, wanted: npt.NDArray[np.bool_]) -> Iterator[tuple[Runs
 def _part(table: Runs, ends: npt.NDArray[np.int64], position: int, size: int) -> Runs:
     """`size` bytes of the runs put end to end, from `position` on; `ends`: where each ends."""
     stop = min(position + size, int(ends[-1]))
-    if len(table) == 1 and table.kind[0] == Kind.DATA:
-        # Most of what is read comes in long runs: not so much ado about each part.
-        shift = np.uint64(position)
-        length = np.array([stop - position], np.int64)
-        return Runs(table.start + position, length, table.depth, table.kind, table.host + shift)
+    if len(table) == 1:
+        return table.clip(int(table.start[0]) + position, int(table.start[0]) + stop)
     first = int(np.searchsorted(ends, position, "right"))
     last = int(np.searchsorted(ends, stop, "left")) + 1
     low = int(table.start[first] + table.length[first] - ends[first]) + position
@@ -206,31 +215,27 @@ def compare(
     require_content([*a, *b])
     out = Comparison()
     size = max(a[0].size, b[0].size)
-    waiting: list[tuple[int, Future[_Found]]] = []
 
-    with thread_pool() as pool:
-
-        def settle(limit: int) -> None:
-            while len(waiting) > limit:
-                end, future = waiting.pop(0)
-                for found in future.result():
-                    out.add(*found)
-                if progress is not None:
-                    progress(end, size)
-
+    def batches() -> Iterator[tuple[Runs, Runs]]:
         for pairs in pair_up(a, b):
             skip = pairs.zero if everything else pairs.zero | pairs.same
             out.skipped_bytes += int(pairs.a.length[skip].sum())
             for left, right in _batches(pairs, ~skip):
                 out.compared_bytes += int(left.length.sum())
-                end = int(left.start[-1] + left.length[-1])
-                waiting.append((end, pool.submit(_compare_batch, a, b, left, right)))
-                settle(workers() + 2)
-                if stop_early and not out.identical:
-                    break
+                yield left, right
+
+    def compare_one(batch: tuple[Runs, Runs]) -> tuple[int, _Found]:
+        left, right = batch
+        return int(left.start[-1] + left.length[-1]), _compare_batch(a, b, left, right)
+
+    with contextlib.closing(ahead(compare_one, batches(), workers() + 2)) as answers:
+        for end, differences in answers:
+            for found in differences:
+                out.add(*found)
+            if progress is not None:
+                progress(end, size)
             if stop_early and not out.identical:
                 break
-        settle(0)
     if progress is not None:
         progress(size, size)
     return out

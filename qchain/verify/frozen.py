@@ -99,6 +99,7 @@ class RescuedLayer:
 
     format = "qcow2"
     terminal = False
+    cut = False
     header: Header | None = None
     backing: Backing | None = None
 

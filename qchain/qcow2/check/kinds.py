@@ -122,6 +122,13 @@ MEANINGS: dict[str, tuple[Severity, str]] = {
             " is missing."
         ),
     ),
+    "l2-cut": (
+        _S,
+        (
+            "The file ends within the data of this cluster of the guest: the rest of it reads as "
+            "zeroes."
+        ),
+    ),
     "compressed-copied": (
         _C,
         "A compressed cluster has the COPIED flag: a write in place would destroy it.",

@@ -28,6 +28,8 @@ _LOW = np.uint64(0xFFFFFFFF)
 _PIECE = 1 << 20
 # So many impossible entries, and most of a table: it is something else.
 _IMPLAUSIBLE = 8
+# No image of qemu's has more than one entry for one cluster of the guest.
+_FEW = 100
 
 
 class L2Walk:
@@ -208,8 +210,30 @@ class L2Walk:
             problems["zero-flag-extended"] = zero
         elif header.version < 3:
             problems["zero-flag-v2"] = zero
+        if not header.has_data_file and self.file.size % self.size:
+            problems["l2-cut"] = self._cut(places, entries, offsets, standard, bitmaps)
         for kind, mask in problems.items():
             self._note(kind, mask, places)
+
+    def _cut(
+        self, places: I64, entries: U64, offsets: I64, standard: Bools, bitmaps: U64 | None
+    ) -> Bools:
+        """Entries whose data begins before the end of the file and ends behind it."""
+        end, header = self.file.size, self.header
+        start = end // self.size * self.size
+        out: Bools = standard & (offsets == start)
+        if bitmaps is not None:
+            # The number of bits tells the last subcluster that is allocated.
+            bits = np.frexp((bitmaps & _LOW).astype(np.float64))[1]
+            out &= start + bits.astype(np.int64) * (self.size // 32) > end
+        elif header.version >= 3:
+            out &= (entries & np.uint64(ZERO)) == 0
+        if header.size % self.size:
+            # Of the disk's last cluster only what the guest sees matters.
+            for index in np.flatnonzero(out)[:_FEW].tolist():
+                guest = self._guest_of(int(places[index]))
+                out[index] = guest is None or start + header.size - guest > end
+        return out
 
     def _implausible(self, places: I64, entries: U64, bad: Bools) -> Bools:
         """Which entries belong to a cluster that holds no L2 entries at all; notes these."""

@@ -1,0 +1,44 @@
+"""Names as steps write them: of images, of backing files in headers, of files that are kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["SAVED_SUFFIX", "absolute_name", "relative_name", "saved_name"]
+
+SAVED_SUFFIX = ".qchain-old"
+"""What --keep-files appends to the name of a file that another one replaces; where that
+name is taken, a number follows."""
+
+
+def absolute_name(path: Path) -> Path:
+    """Absolute, without following links: the name is what other files refer to."""
+    return Path(os.path.normpath(path.absolute())) if ".." not in path.parts else path.absolute()
+
+
+def saved_name(path: Path) -> Path:
+    """Where --keep-files saves the file that loses the name `path`: a name that is free."""
+    number = 1
+    while True:
+        suffix = SAVED_SUFFIX if number == 1 else f"{SAVED_SUFFIX}.{number}"
+        saved = path.with_name(path.name + suffix)
+        if not os.path.lexists(saved):
+            return saved
+        number += 1
+
+
+def relative_name(path: Path, directory: Path) -> str:
+    """`path` as an image in `directory` names it. Both exist.
+
+    As text alone it may be wrong: `..` behind a link to a directory is the parent of
+    where the link leads, and so the kernel takes it.
+    """
+    name = os.path.relpath(path, directory)
+    try:
+        if (directory / name).samefile(path):
+            return name
+    except OSError:
+        pass
+    real = Path(os.path.realpath(path.parent)) / path.name
+    return os.path.relpath(real, os.path.realpath(directory))
