@@ -36,7 +36,7 @@ _parsing = importlib.import_module(typer.BadParameter.__module__)
 _CLOSED = 141
 """As a shell reports a process that SIGPIPE ended."""
 
-_LATER = ("apply", "rebase", "domain", "fleet", "lab")
+_LATER = ("domain", "fleet", "lab")
 
 _COMMANDS = {
     "info": "info",
@@ -54,9 +54,11 @@ _COMMANDS = {
     "report": "report",
     "plan": "plan",
     "merge": "merge",
+    "apply": "apply",
     "commit": "blocks.commit",
     "pull": "blocks.pull",
     "copy": "blocks.copy",
+    "rebase": "rebase",
     "snapshot": "snapshot",
     "recover": "recover",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +14,7 @@ import typer
 from qchain.errors import Refused, UsageError
 
 from .options import Carrying, Common, Interrupted, Merging, command
-from .output import done_already, note, save_json, write, write_json
+from .output import done_already, write, write_json
 
 if TYPE_CHECKING:
     from qchain.plan.plan import Plan
@@ -45,27 +45,37 @@ def carry_out(
     common: Common,
     yes: bool,
     wanted: Wanted,
+    agrees: Callable[[Plan], None] | None = None,
 ) -> None:
     """Plan what is `wanted` of the chain, show it, ask, do it, tell the outcome.
 
-    `name`: of the command, for its messages.
+    Args:
+        name: of the command, for its messages.
+        agrees: raises when the plan is not what was to come out.
 
     Raises: whatever planning and merging raise.
     """
     from qchain.run.execute import execute
 
-    from .planning import opened_and_planned, program, refuse, show_plan, write_commands
+    from .planning import (
+        opened_and_planned,
+        program,
+        refuse,
+        save_plan,
+        show_plan,
+        write_commands,
+    )
 
     terminal = sys.stdin is not None and sys.stdin.isatty()
     with opened_and_planned(active, merging, common, wanted) as (chain, plan):
+        if agrees is not None:
+            agrees(plan)
         # What forbids the merge in any case comes first.
         if not (yes or terminal or merging.dry_run or plan.refusals):
             raise UsageError(name, "there is no terminal to ask on", "add --yes to merge unasked")
         document = plan.as_json(program())
         if merging.output is not None:
-            save_json(document, merging.output)
-            if not plan.refusals:
-                note(f"plan written to {merging.output}")
+            save_plan(plan, merging.output)
         if common.json and (plan.refusals or merging.dry_run):
             write_json(document)
         elif merging.dry_run:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .options import Common, Merging, command
-from .output import note, save_json, write_json
+from .output import write_json
 
 __all__ = ["plan"]
 
@@ -20,13 +20,19 @@ def plan(
     common: Common,
 ) -> None:
     """Plan a merge and say why; nothing is changed."""
-    from .planning import asked, opened_and_planned, program, refuse, show_plan, write_commands
+    from .planning import (
+        asked,
+        opened_and_planned,
+        program,
+        refuse,
+        save_plan,
+        show_plan,
+        write_commands,
+    )
 
     with opened_and_planned(active, merging, common, asked(merging)) as (_, made):
         if merging.output is not None:
-            save_json(made.as_json(program()), merging.output)
-            if not made.refusals:
-                note(f"plan written to {merging.output}")
+            save_plan(made, merging.output)
         if common.json:
             write_json(made.as_json(program()))
         elif merging.dry_run:

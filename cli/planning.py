@@ -14,7 +14,7 @@ import typer
 from qchain.errors import ExitCode, Refused, UsageError, printable
 
 from .options import Carrying, Common, Merging
-from .output import console, note, shell_word, write
+from .output import console, note, save_json, shell_word, write
 from .tables import count_text
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ __all__ = [
     "options_of",
     "program",
     "refuse",
+    "save_plan",
     "show_plan",
     "write_commands",
 ]
@@ -135,6 +136,15 @@ def _version() -> tuple[int, int, int] | None:
 def program() -> str:
     """The name of qemu-img in commands that are shown."""
     return os.environ.get("QCHAIN_QEMU_IMG") or "qemu-img"
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Save the plan, for `qchain apply`, and tell so. Raises: as `save_json`."""
+    from qchain.run.saved import saved_document
+
+    save_json(saved_document(plan, program()), path)
+    if not plan.refusals:
+        note(f"plan written to {path}")
 
 
 def refuse(plan: Plan) -> None:

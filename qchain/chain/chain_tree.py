@@ -14,10 +14,11 @@ from pathlib import Path
 from qchain.chain.chain import Chain, open_chain
 from qchain.chain.gate import Gate
 from qchain.chain.layer import Layer
+from qchain.chain.scan import identity
 from qchain.errors import ImageError, UsageError
 from qchain.hostfile import FileId
 
-__all__ = ["ChainTree", "open_tree", "tree_of"]
+__all__ = ["ChainTree", "open_pair", "open_tree", "tree_of"]
 
 
 @dataclass(frozen=True)
@@ -90,40 +91,96 @@ def open_tree(
         different formats of it. Nothing stays open then.
     """
     gate = gate or Gate()
-    layers: list[Layer] = []
-    below: list[int | None] = []
+    growing = _Growing()
     tops: list[int] = []
-    known: dict[FileId, int] = {}
     try:
         for path in actives:
-            chain = open_chain(Path(path), gate, fmt, known=known.keys())
-            first = len(layers)
-            for layer in chain.layers:
-                if layer.file.id in known:
-                    # Only the last one can be: it is another chain's already.
-                    _require_agreement(layers[known[layer.file.id]], layer)
-                    layer.data.close()
-                    layer.file.close()
-                else:
-                    known[layer.file.id] = len(layers)
-                    layers.append(layer)
-            joins = known[chain.layers[-1].file.id]
-            if len(layers) == first or joins in tops:
-                what = chain.active.path if len(layers) == first else layers[joins].path
+            first = len(growing.layers)
+            chain = open_chain(Path(path), gate, fmt, known=growing.known.keys())
+            top, joins = growing.add(chain)
+            if top < first or joins in tops:
                 raise UsageError(
-                    what,
+                    growing.layers[top if top < first else joins].path,
                     "is named twice, or another active image backs on it",
                     "name the uppermost images only, each once",
                 )
-            tops.append(first)
-            below += range(first + 1, len(layers))
-            below.append(None if joins == len(layers) - 1 else joins)
-        return ChainTree(tuple(layers), tuple(below), tuple(tops))
+            tops.append(top)
+        return growing.tree(tops)
     except BaseException:
-        for layer in layers:
+        growing.close()
+        raise
+
+
+def open_pair(
+    image: Path,
+    other: Path,
+    gate: Gate | None = None,
+    fmt: str | None = None,
+    other_fmt: str | None = None,
+) -> tuple[ChainTree, int]:
+    """Open the chains of two images, each file once: the tree, and the index of `other`.
+
+    `image` is the first layer, and the only active one. `other` may be in its chain, or
+    back on it.
+
+    Args:
+        other_fmt: the format of `other`; by default what the chain of `image` records, or
+            else its magic.
+
+    Raises: what `open_chain` raises; `ImageError` where overlays of one file record
+        different formats of it. Nothing stays open then.
+    """
+    gate = gate or Gate()
+    growing = _Growing()
+    try:
+        growing.add(open_chain(image, gate, fmt))
+        place = identity(other)
+        if other_fmt is None and place in growing.known:
+            other_fmt = growing.layers[growing.known[place]].format
+        top, _ = growing.add(open_chain(other, gate, other_fmt, known=growing.known.keys()))
+        return growing.tree([0]), top
+    except BaseException:
+        growing.close()
+        raise
+
+
+class _Growing:
+    """Chains that are opened one after another, each file once."""
+
+    def __init__(self) -> None:
+        self.layers: list[Layer] = []
+        self.below: list[int | None] = []
+        self.known: dict[FileId, int] = {}
+
+    def add(self, chain: Chain) -> tuple[int, int]:
+        """Take over the files of a chain, opened up to what is known.
+
+        Returns: the indices of its active image, and of the last one opened.
+        """
+        first = len(self.layers)
+        for layer in chain.layers:
+            if layer.file.id in self.known:
+                # Only the last one can be: it is another chain's already.
+                _require_agreement(self.layers[self.known[layer.file.id]], layer)
+                layer.data.close()
+                layer.file.close()
+            else:
+                self.known[layer.file.id] = len(self.layers)
+                self.layers.append(layer)
+        joins = self.known[chain.layers[-1].file.id]
+        count = len(self.layers)
+        if count > first:
+            self.below += range(first + 1, count)
+            self.below.append(None if joins == count - 1 else joins)
+        return self.known[chain.active.file.id], joins
+
+    def tree(self, actives: Sequence[int]) -> ChainTree:
+        return ChainTree(tuple(self.layers), tuple(self.below), tuple(actives))
+
+    def close(self) -> None:
+        for layer in self.layers:
             layer.data.close()
             layer.file.close()
-        raise
 
 
 def _require_agreement(known: Layer, layer: Layer) -> None:

@@ -84,7 +84,7 @@ def rebase_writethrough_argv(
 
 
 def rebase_safe_argv(
-    link: str | Path, alias: str, present: str | Path, present_format: str
+    link: str | Path, alias: str, present: str | Path | None, present_format: str | None
 ) -> list[str]:
     """The first phase of a two-phase pull; to be run with `cwd` = the image's directory.
 
@@ -95,7 +95,7 @@ def rebase_safe_argv(
     `present`: the backing name exactly as the image's header has it. qemu resolves
     `-b` from the image's name only while the backing is not overridden, and by
     `bdrv_backing_overridden` it is not when the strings are equal; hence the
-    verbatim name and the working directory from which it is right.
+    verbatim name and the working directory from which it is right. None: it has none.
 
     -F is the format of the alias *beside the image*, for it goes into the header.
     A new backing found in the chain is never opened by it, so it may be raw; one
@@ -107,11 +107,11 @@ def rebase_safe_argv(
         # With lazy refcounts nothing makes qemu flush a pulled cluster before the L2
         # table that names it: power loss would leave the table without the data.
         "lazy-refcounts": "off",
-        "backing.driver": present_format,
+    }
+    if present is not None and present_format is not None:
         # No file.driver: qemu tells files from block devices itself, and does
         # not look for protocol prefixes in an option's value.
-        "backing.file.filename": present,
-    }
+        options |= {"backing.driver": present_format, "backing.file.filename": present}
     return ["rebase", "-p", "--image-opts", "-b", alias, "-F", "qcow2", image_opts(options)]
 
 

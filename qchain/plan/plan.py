@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qchain.chain.chain import Chain
@@ -45,6 +45,8 @@ class Plan:
     token: str = ""
     """Part of the journal's name."""
     model: TimeModel = DEFAULT
+    request: Request = field(default_factory=Request)
+    """What was asked for, so that the plan can be made again."""
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -166,7 +168,7 @@ def make_plan(
     if narrow:
         refusals += narrow
         plans = [replace(plan, steps=(), result=None) for plan in plans]
-    return Plan(tree, options, tuple(plans), tuple(dict.fromkeys(refusals)), token, model)
+    return Plan(tree, options, tuple(plans), tuple(dict.fromkeys(refusals)), token, model, request)
 
 
 def _refusals(tree: ChainTree, plans: Sequence[GroupPlan], options: MergeOptions) -> list[str]:

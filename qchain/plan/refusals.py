@@ -147,6 +147,8 @@ def stranger_refusals(
         changed: these files, and their names.
         own: the files of the chain itself, which may.
     """
+    if not changed:
+        return []
     names = {path.name: path for path in changed.values()}
     out: list[str] = []
     unseen: list[Unseen] = []

@@ -38,11 +38,14 @@ class Group:
         count: how many of the line are merged: the kept image and the dropped ones.
         own: how many of these nobody else needs any more when it is this group's turn.
             Only they may be written to, and go away; the other ones are read.
+        onto: the chain that the kept image is led to, where that is not what follows in
+            the line (`qchain.plan.rebase`): the new backing, and what lies below it.
     """
 
     line: tuple[int, ...]
     count: int
     own: int
+    onto: tuple[int, ...] = ()
 
     @property
     def kept(self) -> int:
@@ -70,12 +73,14 @@ class Group:
     @property
     def below(self) -> int | None:
         """The new backing, None at the end of the chain."""
+        if self.onto:
+            return self.onto[0]
         return self.line[self.count] if self.count < len(self.line) else None
 
     @property
     def under(self) -> tuple[int, ...]:
         """The new backing and what lies below it."""
-        return self.line[self.count :]
+        return self.onto or self.line[self.count :]
 
 
 def find_layer(name: str, layers: Sequence[Layer]) -> int:

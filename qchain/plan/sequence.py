@@ -40,7 +40,7 @@ from qchain.plan.steps import (
     Unlink,
 )
 
-__all__ = ["Above", "lead", "sequence"]
+__all__ = ["Above", "lead", "repoint", "sequence"]
 
 
 @dataclass
@@ -76,7 +76,7 @@ class _Builder:
         self.t_path, self.j_path = absolute_name(self.t.path), absolute_name(self.j.path)
         self.work = self.t_path.parent / f"{WORK_PREFIX}{self.token}"
         self.alias = f"{WORK_PREFIX}{self.token}.b"
-        self.pulls = self.t_index != self.group.members[-1]
+        self.pulls = self.t_index != self.group.members[-1] or bool(self.group.onto)
 
     def add(self, *steps: Step) -> None:
         self.steps.extend(steps)
@@ -85,10 +85,14 @@ class _Builder:
 
     def backing_name(self, directory: Path) -> str | None:
         """How an image in `directory` names the new backing: as the lowest image did."""
-        if self.group.below is None or self.lowest.backing is None:
+        if self.group.below is None:
+            return None
+        below = absolute_name(self.layers[self.group.below].path)
+        if self.group.onto:
+            return self.other_name(below, directory)
+        if self.lowest.backing is None:
             return None
         recorded = self.lowest.backing.name
-        below = absolute_name(self.layers[self.group.below].path)
         if recorded.startswith("/"):
             return str(below)
         if absolute_name(self.lowest.path).parent == directory:
@@ -99,6 +103,16 @@ class _Builder:
         if self.group.below is None:
             return None
         return absolute_name(self.layers[self.group.below].path)
+
+    def other_name(self, below: Path, directory: Path) -> str:
+        """How it names an image of another chain: relative if its present backing was.
+
+        Where there was none: by the file name alone what lies beside it.
+        """
+        if self.lowest.backing is None:
+            return below.name if below.parent == directory else str(below)
+        whole = self.lowest.backing.name.startswith("/")
+        return str(below) if whole else relative_name(below, directory)
 
     def backing_format(self) -> str | None:
         return None if self.group.below is None else self.layers[self.group.below].format
@@ -139,17 +153,16 @@ class _Builder:
 
     def pull(self) -> None:
         present = self.t.backing
-        assert present is not None and present.format is not None
+        named = (None, None) if present is None else (present.name, present.format)
         directory = self.t_path.parent
         link = self.work / "image"
-        assert self.present is not None
-        below = self.layers[self.present]
+        size = self.t.size if self.present is None else self.layers[self.present].size
         # Beside t the alias is its present backing, within the work directory the new
         # one: whichever header t has, opened by its own name it reads its old content.
         self.add(
             HardLink(self.t_path, link),
             Command(
-                tuple(create_empty_argv(self.alias, below.size, present.name, present.format)),
+                tuple(create_empty_argv(self.alias, size, *named)),
                 cwd=directory,
                 label="prepare",
             ),
@@ -166,9 +179,13 @@ class _Builder:
         else:
             new = self.layers[self.group.below]
             new_path = absolute_name(new.path)
-            if os.path.realpath(self.work / present.name) == os.path.realpath(new_path):
+            mistaken = present is not None and os.path.realpath(
+                self.work / present.name
+            ) == os.path.realpath(new_path)
+            if mistaken or self.group.below not in self.group.line:
                 # Seen from the work directory the present name would mean the new
                 # backing: qemu would think nothing lies between. An overlay is neither.
+                # And what is not in the chain is opened as what -F says, qcow2.
                 self.add(
                     Command(
                         tuple(
@@ -185,7 +202,7 @@ class _Builder:
         # j reads through it once the header of t has it: so must all who may read j.
         self.add(TakeAttributes(self.j_path, directory / self.alias))
         self.add(Sync(directory / self.alias), Sync(self.work), Sync(directory))
-        argv = rebase_safe_argv(link, self.alias, present.name, present.format)
+        argv = rebase_safe_argv(link, self.alias, *named)
         label = f"pull into {self.t_path.name}"
         weight = self.candidate.traffic.pull_bytes
         self.add(
@@ -302,3 +319,15 @@ def sequence(
         builder.add(Unlink(builder.work / "before"), Unlink(builder.work / "rescued"))
     builder.add(RemoveDirectory(builder.work), Sync(builder.t_path.parent))
     return builder.steps, final
+
+
+def repoint(
+    layers: Sequence[Layer], group: Group, candidate: Candidate, options: MergeOptions
+) -> tuple[list[Step], Path]:
+    """The steps that lead the kept image of `group` to a new backing that shows the same.
+
+    One header write: the old backing or the new one, both read right.
+    """
+    builder = _Builder(layers, group, candidate, options, "", ())
+    builder.point_to(builder.j_path, builder.backing_name(builder.j_path.parent))
+    return builder.steps, builder.j_path

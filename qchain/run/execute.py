@@ -210,7 +210,7 @@ def execute(
                 raise KeyboardInterrupt("nothing was changed") from None
             journal = Journal.begin(plan)
             for number, (group, record) in enumerate(zip(plan.groups, journal.groups, strict=True)):
-                held = [layers[index] for index in group.group.line]
+                held = [layers[index] for index in (*group.group.line, *group.group.onto)]
                 run = GroupRun(record, held, mode, qemu, observer, locks)
                 look_out = partial(_alone, plan, number)
                 run_group(run, journal, number, 0, before_step, look_out)

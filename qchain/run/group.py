@@ -79,7 +79,7 @@ class GroupRun:
         self.t = layers[record.target] if layers and record.copy is None else None
         self.t_path = record.goal.path
         # The kept point as it reads before the merge, through files held open.
-        self.old: list[Layer] = list(layers)
+        self.old: list[Layer] = list(layers[: len(record.line)])
         self.below: list[Layer] = [] if record.below is None else list(layers[record.below :])
         self.comparison: Comparison | None = None
         self.opened: list[HostFile] = []
@@ -290,7 +290,7 @@ class GroupRun:
         frozen = frozen_view(self.t, copy)
         self.opened.append(frozen.tables.file)
         place = self.record.target
-        self.old = list(self.layers)
+        self.old = list(self.layers[: len(self.record.line)])
         self.old[place] = frozen
         kept_out = open_rescued(self.t, copy.with_name("rescued"))
         if kept_out is not None:
@@ -382,25 +382,25 @@ class GroupRun:
 
     def restore_backing(self) -> None:
         """Let the target's header name its old backing file again; its content is the same."""
-        assert self.record.present is not None
-        name, fmt = self.record.present
+        name, fmt = self.record.present or (None, None)
         argv = rebase_unsafe_argv(self.t_path, "qcow2", name, fmt)
         if self.journal is not None:
             self.journal.write(self.journal.group, self.journal.step, (self.t_path,))
         with self.locks.handed_over((self.t_path,), (), self.t_path) as held:
             self.qemu.run(unlocked_argv(argv) if held else argv, pass_fds=held)
         self._flush(self.t_path)
-        below = self.record.layers[self.record.target + 1].path
+        below = None if name is None else self.record.layers[self.record.target + 1].path
         confirm(self.t_path, below, fmt, None, self.switched)
 
     def _led_away(self) -> bool:
         """Whether the target's header names another backing file than before the merge."""
-        if self.record.present is None or self.record.layers[self.record.target].format != "qcow2":
+        present, raw = self.record.present, self.record.layers[self.record.target].format == "raw"
+        if raw or (present is None and not self.record.onto):
             return False
         with HostFile(self.t_path) as file:
             name = read_header(file).backing_name
             if file.id == self.record.layers[self.record.target].id:
-                return name != self.record.present[0]
+                return name != (None if present is None else present[0])
         if name is not None and WORK_PREFIX in name:
             raise FailedMidway(self.t_path, "is another file, and backs on a work file")
         if any(path.name.endswith(".b") and os.path.lexists(path) for path in self.made):

@@ -7,14 +7,16 @@ and durably before each step. Format 3:
      "verify", "names", "allow_format_change": bool, "scan": [path],
      "layers": [{"path", "format", "device", "inode", "size", "mtime_ns", "digest"}],
      "groups": [{"line": [index], "count": c, "own": o, "target": t,
-                 "copy": index | null, "present": [name, format] | null, "steps": [..]}],
+                 "copy": index | null, "present": [name, format] | null, "steps": [..],
+                 "onto": [index]}],
      "group": g, "step": s, "unsettled": [index], "carrying": bool,
      "altered": bool}
 
 `layers`: all files of the tree. A group's line: from its kept image down to the base; its
 first c are merged, its first o are its own (the others are only read, and stay), and its
 target is among them, at place t of the line. Of a copy `layers` has the new file, known only
-when it is whole (inode 0 until then). `home`: the inode of the journal's directory.
+when it is whole (inode 0 until then). `onto`: the chain that a rebase leads the kept image to,
+empty for a merge. `home`: the inode of the journal's directory.
 `present`: the target's backing name before. Step s of group g may have been done in part,
 those before it are done. Each layer is described as it was when it was last durable and
 ours; those in `unsettled` were being written to. `carrying`: what a guest wrote to the kept
@@ -46,7 +48,7 @@ from qchain.plan.stored import step_to_json
 from qchain.run.durable import fsync_file, unlink_durably, write_durably
 from qchain.run.identity import FileState, state_of
 
-__all__ = ["FORMAT", "GroupRecord", "Journal", "LayerRecord"]
+__all__ = ["FORMAT", "GroupRecord", "Journal", "LayerRecord", "layer_json", "record_of"]
 
 FORMAT = 3
 
@@ -73,6 +75,7 @@ class GroupRecord:
     present: tuple[str, str | None] | None
     steps: tuple[Step, ...]
     copy: int | None = None
+    onto: tuple[int, ...] = ()
 
     @property
     def goal(self) -> LayerRecord:
@@ -81,12 +84,14 @@ class GroupRecord:
 
     @property
     def layers(self) -> list[LayerRecord]:
-        """The kept image and all below it, down to the base."""
-        return [self.chain[index] for index in self.line]
+        """The kept image and all below it, down to the base; then those of `onto`."""
+        return [self.chain[index] for index in (*self.line, *self.onto)]
 
     @property
     def below(self) -> int | None:
-        """The place of the new backing in the line; None where there is none."""
+        """The place of the new backing in `layers`; None where there is none."""
+        if self.onto:
+            return len(self.line)
         return self.count if self.count < len(self.line) else None
 
     @property
@@ -128,7 +133,7 @@ class Journal:
         for group in plan.groups:
             for index in group.group.owned:
                 fsync_file(plan.layers[index].path)
-        chain = [_record(layer) for layer in plan.layers]
+        chain = [record_of(layer) for layer in plan.layers]
         groups = []
         for group in plan.groups:
             assert group.chosen is not None
@@ -148,6 +153,7 @@ class Journal:
                     None if backing is None else (backing.name, backing.format),
                     group.steps,
                     copy,
+                    group.group.onto,
                 )
             )
         return cls(
@@ -201,7 +207,9 @@ class Journal:
     def adopt(self, index: int, layer: Layer | None) -> None:
         """A new file is whole: know it by what it is. None: it is to be made again."""
         known = self.chain[index]
-        self.chain[index] = _unknown(known.path, known.format) if layer is None else _record(layer)
+        self.chain[index] = (
+            _unknown(known.path, known.format) if layer is None else record_of(layer)
+        )
 
     def remove(self) -> None:
         """Nothing is left to do. The pointers first: none may lead nowhere."""
@@ -241,7 +249,7 @@ class Journal:
             "names": self.names,
             "allow_format_change": self.allow_format_change,
             "scan": [str(path) for path in self.scan],
-            "layers": [_layer_json(record) for record in self.chain],
+            "layers": [layer_json(record) for record in self.chain],
             "groups": self._groups_json,
         }
 
@@ -250,8 +258,8 @@ def _unknown(path: Path, fmt: str) -> LayerRecord:
     return LayerRecord(path, fmt, FileId(0, 0), FileState(0, 0, ""))
 
 
-def _record(layer: Layer) -> LayerRecord:
-    # The name as the steps have it.
+def record_of(layer: Layer) -> LayerRecord:
+    """A file of the chain as it is now, under its name as the steps have it."""
     return LayerRecord(layer.path.absolute(), layer.format, layer.file.id, state_of(layer.file))
 
 
@@ -268,7 +276,8 @@ def _encoded(document: dict[str, object]) -> bytes:
     return json.dumps(document, indent=1, ensure_ascii=True).encode("ascii")
 
 
-def _layer_json(record: LayerRecord) -> dict[str, object]:
+def layer_json(record: LayerRecord) -> dict[str, object]:
+    """As it is stored; `qchain.run.journal_file.layer_of` reads it again."""
     return {
         "path": str(record.path),
         "format": record.format,
@@ -289,4 +298,5 @@ def _group_json(record: GroupRecord) -> dict[str, object]:
         "copy": record.copy,
         "present": record.present,
         "steps": [step_to_json(step) for step in record.steps],
+        "onto": record.onto,
     }

@@ -21,11 +21,12 @@ from qchain.errors import ImageError, Refused
 from qchain.hostfile import FileId
 from qchain.plan.options import NAMES, VERIFY
 from qchain.plan.stored import step_from_json
+from qchain.run.fields import index, listed, number, one_of, path_of, text
 from qchain.run.identity import FileState
 from qchain.run.journal import FORMAT, GroupRecord, Journal, LayerRecord
 from qchain.run.lawful import require_lawful
 
-__all__ = ["find_journals", "read_journal", "unwritten"]
+__all__ = ["find_journals", "layer_of", "read_journal", "unwritten"]
 
 _LIMIT = 64 << 20  # bytes
 _BROKEN = "look at it; if it is none of a merge, remove it"
@@ -54,7 +55,7 @@ def _followed(path: Path) -> Path:
     if "see" not in stored:
         return path
     try:
-        journal = _path(stored["see"])
+        journal = path_of(stored["see"])
     except ValueError as error:
         raise ImageError(path, f"is not a journal of qchain: {error}", _BROKEN) from None
     if not os.path.lexists(journal):
@@ -137,103 +138,62 @@ def _believed(path: Path) -> bytes:
         return file.read(_LIMIT)
 
 
-# --- field by field: nothing of the wrong type or out of range gets any further ------
+# --- field by field ----------------------------------------------------------------
 
 
 def _journal(path: Path, stored: dict[str, Any]) -> Journal:
-    chain = [_layer(each) for each in _list(stored["layers"])]
+    chain = [layer_of(each) for each in listed(stored["layers"])]
     if not chain:
         raise ValueError("it names no layers")
-    actives = tuple(_index(each, len(chain)) for each in _list(stored["actives"]))
+    actives = tuple(index(each, len(chain)) for each in listed(stored["actives"]))
     if not actives:
         raise ValueError("it names no active image")
-    groups = tuple(_group(chain, each) for each in _list(stored["groups"]))
-    group = _index(stored["group"], len(groups))
+    groups = tuple(_group(chain, each) for each in listed(stored["groups"]))
+    group = index(stored["group"], len(groups))
     return Journal(
         path,
         actives,
-        _one_of(stored["verify"], VERIFY),
+        one_of(stored["verify"], VERIFY),
         chain,
         groups,
-        names=_one_of(stored["names"], NAMES),
+        names=one_of(stored["names"], NAMES),
         allow_format_change=bool(stored["allow_format_change"]),
-        scan=tuple(_path(each) for each in _list(stored["scan"])),
+        scan=tuple(path_of(each) for each in listed(stored["scan"])),
         group=group,
-        step=_index(stored["step"], len(groups[group].steps)),
-        token=_text(stored["token"]),
-        home_inode=_number(stored["home"]),
-        unsettled={_index(each, len(chain)) for each in _list(stored["unsettled"])},
+        step=index(stored["step"], len(groups[group].steps)),
+        token=text(stored["token"]),
+        home_inode=number(stored["home"]),
+        unsettled={index(each, len(chain)) for each in listed(stored["unsettled"])},
         carrying=bool(stored["carrying"]),
         altered=bool(stored["altered"]),
     )
 
 
-def _layer(stored: Any) -> LayerRecord:
+def layer_of(stored: Any) -> LayerRecord:
+    """A stored file. Raises `ValueError`, `KeyError`, `TypeError` for anything else."""
     return LayerRecord(
-        _path(stored["path"]),
-        _one_of(stored["format"], ("qcow2", "raw")),
-        FileId(_number(stored["device"], -1), _number(stored["inode"])),
-        FileState(
-            _number(stored["size"]), _number(stored["mtime_ns"], None), _text(stored["digest"])
-        ),
+        path_of(stored["path"]),
+        one_of(stored["format"], ("qcow2", "raw")),
+        FileId(number(stored["device"], -1), number(stored["inode"])),
+        FileState(number(stored["size"]), number(stored["mtime_ns"], None), text(stored["digest"])),
     )
 
 
 def _group(chain: list[LayerRecord], stored: Any) -> GroupRecord:
-    line = tuple(_index(each, len(chain)) for each in _list(stored["line"]))
-    if len(set(line)) != len(line) or len(line) < 2:
+    line = tuple(index(each, len(chain)) for each in listed(stored["line"]))
+    onto = tuple(index(each, len(chain)) for each in listed(stored.get("onto", [])))
+    if len(set(line)) != len(line) or len(line) + len(onto) < 2 or len(set(onto)) != len(onto):
         raise ValueError("a group that is no chain")
-    count = _index(stored["count"], len(line) + 1)
-    own = _index(stored["own"], count + 1)
-    if count < 2 or own < 1:
+    count = index(stored["count"], len(line) + 1)
+    own = index(stored["own"], count + 1)
+    if count < (1 if onto else 2) or own < 1:
         raise ValueError("a group without dropped images")
     present, copy = stored["present"], stored["copy"]
-    if copy is not None and _index(copy, len(chain)) in line:
+    if copy is not None and index(copy, len(chain)) in line:
         raise ValueError("a copy that is in the chain")
     if present is not None:
-        name, fmt = _list(present)
-        present = (_text(name), None if fmt is None else _text(fmt))
-    steps = tuple(step_from_json(step) for step in _list(stored["steps"]))
-    return GroupRecord(chain, line, count, own, _index(stored["target"], own), present, steps, copy)
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError("a list is missing")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("a text is missing")
-    os.fsencode(value)  # raises UnicodeEncodeError, a ValueError, for what no name can be
-    if "\0" in value:
-        raise ValueError("a text with a zero byte")
-    return value
-
-
-def _one_of(value: Any, known: tuple[str, ...]) -> str:
-    if _text(value) not in known:
-        raise ValueError(f"{value[:20]!r} is none of {', '.join(known)}")
-    return str(value)
-
-
-def _number(value: Any, least: int | None = 0) -> int:
-    if type(value) is not int or not -(1 << 63) <= value < 1 << 64:
-        raise ValueError("a number is missing")
-    if least is not None and value < least:
-        raise ValueError(f"the number {value} is less than {least}")
-    return value
-
-
-def _index(value: Any, count: int) -> int:
-    if _number(value) >= count:
-        raise ValueError(f"the number {value} of {count}")
-    return int(value)
-
-
-def _path(value: Any) -> Path:
-    path = Path(_text(value))
-    if not path.is_absolute():
-        raise ValueError(f"{str(path)[:80]!r} is no absolute name")
-    return path
+        name, fmt = listed(present)
+        present = (text(name), None if fmt is None else text(fmt))
+    steps = tuple(step_from_json(step) for step in listed(stored["steps"]))
+    target = index(stored["target"], own)
+    return GroupRecord(chain, line, count, own, target, present, steps, copy, onto)

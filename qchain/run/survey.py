@@ -23,7 +23,7 @@ from qchain.chain.scan import identity
 from qchain.errors import Refused
 from qchain.hostfile import FileId, HostFile
 from qchain.plan.refusals import stranger_refusals
-from qchain.plan.steps import Command, Compare, Freeze, Rename, Step, Unlink
+from qchain.plan.steps import Command, Compare, Confirm, Freeze, Rename, Step, Unlink
 from qchain.qcow2.header import read_header
 from qchain.run.identity import state_of
 from qchain.run.journal import GroupRecord, Journal, LayerRecord
@@ -153,6 +153,13 @@ def examine(journal: Journal, record: GroupRecord, first: int, files: Files) -> 
     ahead = record.steps[first:]
     kept, target = record.layers[0], record.goal
     content = any(moves_content(step) for step in ahead)
+    if record.onto and any(isinstance(step, Confirm) for step in ahead):
+        # Until its header is switched the image is to read the same over either chain.
+        for known in record.layers[1:]:
+            _require(files, known, _BACK)
+            if _differs(journal, known, files):
+                why = "has changed since the rebase was stopped, so that nothing is proven"
+                raise Refused(known.path, why, "'qchain recover --back'")
     # As long as the kept image is to be replaced or deleted, it is what a guest may use.
     own = _id(files, kept.path) == kept.id
     live = content or (own and any(_ends(step, kept.path) for step in ahead))
