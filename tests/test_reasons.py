@@ -13,29 +13,30 @@ from qchain.plan.selection import Request
 CASES = [
     (
         ["[size=2M] 2M:A", "1600k:B", "1536k:C 448k:-"], ("l1.qcow2",), {"prefer": "writes"},
-        "l2.qcow2 overwrites 96 % of l1.qcow2; pulling into l2.qcow2 moves 64.0 KiB, "
-        "committing into l1.qcow2 1.5 MiB",
+        ("l2.qcow2 overwrites 96 % of l1.qcow2; pulling into l2.qcow2 moves 64.0 KiB, "
+        "committing into l1.qcow2 1.5 MiB"),
     ),
     (
-        ["[size=2M] 2M:A", "64k:B", "64k:- 1M:C", "1088k:- 128k:D"], ("l1.qcow2", "l2.qcow2"), {"prefer": "writes"},
-        "l2.qcow2 holds 84 % of what the 3 images show; merging into l2.qcow2 moves 192 KiB, "
-        "committing into l1.qcow2 1.1 MiB, pulling into l3.qcow2 1.1 MiB",
+        ["[size=2M] 2M:A", "64k:B", "64k:- 1M:C", "1088k:- 128k:D"], ("l1.qcow2", "l2.qcow2"),
+        {"prefer": "writes"},
+        ("l2.qcow2 holds 84 % of what the 3 images show; merging into l2.qcow2 moves 192 KiB, "
+        "committing into l1.qcow2 1.1 MiB, pulling into l3.qcow2 1.1 MiB"),
     ),
     (
         # For little the number of commands decides.
         ["[size=2M] 2M:A", "1600k:B", "1536k:C 448k:-"], ("l1.qcow2",), {},
-        "l2.qcow2 overwrites 96 % of l1.qcow2; committing into l1.qcow2 takes an estimated 0.035 s "
-        "for 1.5 MiB, pulling into l2.qcow2 0.069 s for 64.0 KiB",
+        ("l2.qcow2 overwrites 96 % of l1.qcow2; committing into l1.qcow2 takes an estimated "
+        "0.035 s for 1.5 MiB, pulling into l2.qcow2 0.069 s for 64.0 KiB"),
     ),
     (
         ["[size=2M] 2M:A", "1M:B", "1M:- 64k:C"], ("l1.qcow2",), {"strategy": "pull"},
-        "l2.qcow2 overwrites 0 % of l1.qcow2; pulling into l2.qcow2 moves 1.0 MiB, and is the "
-        "only way possible",
+        ("l2.qcow2 overwrites 0 % of l1.qcow2; pulling into l2.qcow2 moves 1.0 MiB, and is the "
+        "only way possible"),
     ),
     (
         ["[size=2M] 2M:A", "1M:B", "64k:C"], ("l1.qcow2",), {"prefer": "writes"},
-        "l2.qcow2 overwrites 6 % of l1.qcow2; committing into l1.qcow2 moves 64.0 KiB, pulling "
-        "into l2.qcow2 960 KiB",
+        ("l2.qcow2 overwrites 6 % of l1.qcow2; committing into l1.qcow2 moves 64.0 KiB, pulling "
+        "into l2.qcow2 960 KiB"),
     ),
 ]  # fmt: skip
 
