@@ -189,6 +189,14 @@ class Carrying:
     verify: Annotated[
         str, typer.Option("--verify", metavar="MODE", help="moved, full or none.")
     ] = "moved"
+    bitmaps: Annotated[
+        str,
+        typer.Option(
+            "--bitmaps",
+            metavar="WHAT",
+            help="Bitmaps in images that vanish: refuse, carry (into the result) or drop.",
+        ),
+    ] = "refuse"
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the commands, change nothing.")
     ] = False

@@ -85,6 +85,7 @@ def options_of(carrying: Carrying, **more: Any) -> MergeOptions:
         scan=tuple(carrying.scan or ()),
         exact=carrying.exact,
         keep_files=carrying.keep_files,
+        bitmaps=carrying.bitmaps,
         **more,
     )
 
@@ -221,6 +222,14 @@ def deleted_names(plan: Plan, group: GroupPlan) -> list[str]:
     return [path.name for path in members if path != group.result]
 
 
+def _bitmap_lines(group: GroupPlan) -> list[tuple[str, str]]:
+    """Which bitmaps the result has, and every one that vanishes by name."""
+    carried = ", ".join(each.name for each in group.bitmaps.carried)
+    lost = [f"{each.name} of {each.image.name} ({each.why})" for each in group.bitmaps.lost]
+    lines = [("bitmaps", f"{carried} carried over")] if carried else []
+    return [*lines, *(("loses", f"the bitmap {each}") for each in lost)]
+
+
 def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, Any]) -> None:
     from .tables import facts, safe, seconds_text, size_text, table
 
@@ -244,6 +253,7 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
     if shared:
         said = ", ".join(shared if len(shared) <= _SHOWN else [f"{len(shared)} files"])
         lines.append(("leaves", f"{said} (others still back on it)"))
+    lines += _bitmap_lines(group)
     drawn = facts(lines, out.width)
     out.print(drawn, end="", soft_wrap=True)
     out.print()

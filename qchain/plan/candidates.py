@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from qchain.chain.chain_tree import ChainTree
 from qchain.chain.layer import Layer, Qcow2Layer
 from qchain.hostfile import mount_id
+from qchain.plan.bitmaps import bitmap_obstacle
 from qchain.plan.clusters import ClusterCount
 from qchain.plan.copying import copied_bytes, new_file_bytes
 from qchain.plan.growth import Growth, growth_of
@@ -67,11 +68,6 @@ def strategy_of(position: int, count: int) -> str:
     return "commit" if position == count - 1 else "both"
 
 
-def _has_valid_bitmaps(layer: Layer) -> bool:
-    header = layer.header
-    return header is not None and header.bitmaps_extension is not None
-
-
 def _apart(a: Layer, b: Layer) -> bool:
     """Whether no rename leads from the directory of one to that of the other."""
     if a.file.id.device != b.file.id.device:
@@ -100,8 +96,9 @@ def obstacle(tree: ChainTree, group: Group, target: int, options: MergeOptions) 
             f"{layer.path.name} has lazy refcounts, which a commit that is stopped leaves wrong; "
             "'qemu-img amend -o lazy_refcounts=off' first"
         )
-    if _has_valid_bitmaps(kept):
-        return f"{kept.path.name} has bitmaps, which this way would lose"
+    bitmaps = bitmap_obstacle(layers, group, target, options)
+    if bitmaps is not None:
+        return bitmaps
     if layer.format != kept.format and options.names == "kept":
         trap = (
             f"{layer.path.name} is {layer.format}: under the name {kept.path.name} it would be "
@@ -293,8 +290,9 @@ def _no_copy(tree: ChainTree, group: Group, options: MergeOptions) -> str | None
         return "a new file has no name of its own to keep; use --names kept or lowest"
     if options.names == "kept" and kept.file.is_block_device:
         return f"{kept.path.name} is a block device and cannot be renamed"
-    if _has_valid_bitmaps(kept):
-        return f"{kept.path.name} has bitmaps, which this way would lose"
+    bitmaps = bitmap_obstacle(tree.layers, group, None, options)
+    if bitmaps is not None:
+        return bitmaps
     if (
         options.names == "lowest"
         and lowest.format != kept.format

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qchain.chain.chain_tree import ChainTree
 from qchain.chain.layer import Layer
+from qchain.plan.bitmaps import NOTHING, Fate
 from qchain.plan.candidates import Candidate, candidates_of, choose, figures_of, rank
 from qchain.plan.heirs import Assigned, Cost, assign
 from qchain.plan.model import TimeModel
@@ -31,6 +32,7 @@ class GroupPlan:
     chosen: Candidate | None
     steps: tuple[Step, ...]
     result: Path | None
+    bitmaps: Fate = NOTHING
 
 
 def choices(

@@ -15,6 +15,8 @@ from pathlib import Path
 from qchain.qcow2.header import Header
 
 __all__ = [
+    "bitmap_merge_argv",
+    "bitmap_remove_argv",
     "commit_argv",
     "convert_argv",
     "create_empty_argv",
@@ -183,13 +185,40 @@ def resize_shrink_argv(image: str | Path, image_format: str, size: int) -> list[
     return ["resize", "-q", "--shrink", "-f", image_format, safe_name(image), str(size)]
 
 
+def bitmap_remove_argv(image: str | Path, name: str) -> list[str]:
+    """Remove the bitmap `name`; one that is in use may be removed too."""
+    return ["bitmap", "-f", "qcow2", "--remove", "--", safe_name(image), name]
+
+
+def bitmap_merge_argv(
+    image: str | Path,
+    name: str,
+    source: str | Path,
+    new: tuple[int, bool] | None = None,
+    remove: bool = False,
+) -> list[str]:
+    """Add what the bitmap `name` of `source` marks to that of `image`, of an equally long disk.
+
+    `new`: it is made first, of this granularity (bytes), recording or not; with `remove`
+    in place of one of this name. qemu does these in the order given, in one opening.
+    """
+    argv = ["bitmap", "-f", "qcow2"]
+    if new is not None:
+        granularity, auto = new
+        argv += ["--remove"] if remove else []
+        argv += ["--add", "-g", str(granularity), "--enable" if auto else "--disable"]
+    # Joined, so that a name with a leading dash is none of an option.
+    argv += [f"--merge={name}", "-b", safe_name(source), "-F", "qcow2"]
+    return [*argv, "--", safe_name(image), name]
+
+
 def unlocked_argv(argv: Sequence[str]) -> list[str]:
-    """The same commit, rebase or resize, taking no locks on the image that it names.
+    """The same commit, rebase, resize or bitmap, taking no locks on the image that it names.
 
     For who holds a writer's locks on it, so that nobody gets in before qemu-img and after it.
     """
     out = list(argv)
-    place = -2 if out[0] == "resize" else -1
+    place = -2 if out[0] in ("resize", "bitmap") else -1
     if "--image-opts" in out:
         out[place] += ",file.locking=off"
         return out

@@ -14,6 +14,7 @@ ENGINES = ("auto", "qemu-img", "native")
 NAMES = ("kept", "lowest", "target")
 PREFER = ("time", "writes", "space")
 VERIFY = ("moved", "full", "manifest", "none")
+BITMAPS = ("refuse", "carry", "drop")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class MergeOptions:
     exact: bool = False
     keep_files: bool = False
     allow_format_change: bool = False
+    bitmaps: str = "refuse"
 
     def __post_init__(self) -> None:
         for option, value, known in (
@@ -40,6 +42,7 @@ class MergeOptions:
             ("--names", self.names, NAMES),
             ("--prefer", self.prefer, PREFER),
             ("--verify", self.verify, VERIFY),
+            ("--bitmaps", self.bitmaps, BITMAPS),
         ):
             if value not in known:
                 raise UsageError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from qchain.chain.chain import Chain
 from qchain.chain.chain_tree import ChainTree, tree_of
 from qchain.chain.layer import Layer
+from qchain.plan.bitmaps import bitmap_refusals, fate_of
 from qchain.plan.candidates import Candidate
 from qchain.plan.choice import GroupPlan, choices, impossible, space_of
 from qchain.plan.model import DEFAULT, TimeModel
@@ -82,6 +83,7 @@ class Plan:
             "target": None if chosen is None else self.path(chosen.target),
             "result": None if plan.result is None else str(plan.result),
             "why": reason(self.layers, plan),
+            "bitmaps": plan.bitmaps.as_json(self.options.bitmaps),
             "candidates": [
                 {
                     "strategy": candidate.strategy,
@@ -153,8 +155,11 @@ def make_plan(
             # Not to be told from the journal's name, which all can see before the work begins.
             secret = secrets.token_hex(8)
             copies = plan.chosen.target is None
-            order = copy_sequence if copies else sequence
-            steps, result = order(layers, group, plan.chosen, options, secret, above)
+            fate = fate_of(layers, group, plan.chosen.target, options)
+            if copies:
+                steps, result = copy_sequence(layers, group, plan.chosen, options, secret, above)
+            else:
+                steps, result = sequence(layers, group, plan.chosen, options, secret, above, fate)
             # A new file is as the kept image is.
             like = layers[group.kept if plan.chosen.target is None else plan.chosen.target]
             if group.below is not None:
@@ -163,7 +168,7 @@ def make_plan(
             files |= {step.image: like for step in steps if isinstance(step, Adopt)}
             narrow += naming_refusals(steps, files)
             files[result] = like
-            plan = replace(plan, steps=tuple(steps), result=result)
+            plan = replace(plan, steps=tuple(steps), result=result, bitmaps=fate)
         plans.append(plan)
     if narrow:
         refusals += narrow
@@ -175,6 +180,7 @@ def _refusals(tree: ChainTree, plans: Sequence[GroupPlan], options: MergeOptions
     """What speaks against the merge."""
     layers = tree.layers
     out = [line for plan in plans for line in file_refusals(layers, plan.group)]
+    out += [line for plan in plans for line in bitmap_refusals(layers, plan.group, options)]
     out += overlay_refusals(layers, [plan.group for plan in plans], options)
     changes: list[Change] = []
     for plan in plans:

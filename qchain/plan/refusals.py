@@ -38,8 +38,6 @@ def file_refusals(layers: Sequence[Layer], group: Group) -> list[str]:
                 f"{path}: holds {header.nb_snapshots} internal snapshot(s), which the merge would "
                 "lose or change; delete them first ('qemu-img snapshot -d')"
             )
-        if index != group.kept and header.bitmaps_extension is not None:
-            out.append(f"{path}: holds bitmaps that would be lost; remove them first")
     for position, index in enumerate(group.members):
         below = group.line[position + 1] if position + 1 < len(group.line) else None
         out += _name_refusals(layers, index, below)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from qchain.chain.layer import Layer
 from qchain.chain.scan import WORK_PREFIX
+from qchain.plan import bitmapsteps
+from qchain.plan.bitmaps import NOTHING, Fate, has_bitmaps
 from qchain.plan.candidates import Candidate
 from qchain.plan.commands import (
     commit_argv,
@@ -60,6 +62,7 @@ class _Builder:
     options: MergeOptions
     token: str
     above: Sequence[Above]
+    fate: Fate
     steps: list[Step] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -77,6 +80,8 @@ class _Builder:
         self.work = self.t_path.parent / f"{WORK_PREFIX}{self.token}"
         self.alias = f"{WORK_PREFIX}{self.token}.b"
         self.pulls = self.t_index != self.group.members[-1] or bool(self.group.onto)
+        # The kept image's bitmaps are to outlive a commit that is killed.
+        self.covered = self.t is not self.j and has_bitmaps(self.j)
 
     def add(self, *steps: Step) -> None:
         self.steps.extend(steps)
@@ -131,7 +136,11 @@ class _Builder:
     def commit(self) -> None:
         # Stopped within: t is half changed, but what lies above hides all that was
         # written, so j reads right, and the commit may be repeated.
-        argv = commit_argv(self.t_path, self.j_path, self.j.format)
+        top = self.j_path
+        if self.covered:
+            self.add(*bitmapsteps.cover(self.j_path, self.j.size, self.work))
+            top = self.work / bitmapsteps.COVER
+        argv = commit_argv(self.t_path, top, self.j.format)
         label = f"commit {self.j_path.name} into {self.t_path.name}"
         weight = self.candidate.traffic.commit_bytes
         self.add(
@@ -139,7 +148,7 @@ class _Builder:
                 tuple(argv),
                 weight=weight,
                 label=label,
-                writes=(self.t_path, self.j_path),
+                writes=(self.t_path, top),
                 commits=True,
             ),
             Sync(self.t_path),
@@ -248,6 +257,8 @@ class _Builder:
         if self.pulls:
             self.add(Unlink(self.work / "image"), Unlink(self.work / self.alias))
             self.add(Unlink(directory / self.alias))
+        kept = self.group.kept if self.t is self.j else None
+        self.add(*bitmapsteps.place(self.fate, self.t_path, self.work, kept))
         if final != self.t_path:
             self.add(TakeAttributes(final, self.t_path), Sync(self.t_path))
             if self.options.names == "kept":
@@ -297,15 +308,20 @@ def sequence(
     options: MergeOptions,
     token: str,
     above: Sequence[Above],
+    fate: Fate,
 ) -> tuple[list[Step], Path]:
     """The steps that merge `group` by `candidate`, and the path of the result.
 
     Args:
         token: makes the names of the work directory and the aliases unique.
         above: what backs on the kept image, for the policies that re-point it.
+        fate: what becomes of the group's bitmaps.
     """
-    builder = _Builder(layers, group, candidate, options, token, above)
+    builder = _Builder(layers, group, candidate, options, token, above, fate)
     builder.add(MakeDirectory(builder.work))
+    builder.add(*bitmapsteps.save(layers, fate, builder.work, builder.j.size))
+    if builder.t is not builder.j:
+        builder.add(*bitmapsteps.prune(builder.t_path, fate.removed))
     if builder.t.format == "qcow2":
         builder.add(Freeze(builder.t_path, builder.work / "before"))
     if builder.t is not builder.j:
@@ -317,6 +333,10 @@ def sequence(
     builder.delete(final)
     if builder.t.format == "qcow2":
         builder.add(Unlink(builder.work / "before"), Unlink(builder.work / "rescued"))
+    if fate.carried:
+        builder.add(Unlink(builder.work / bitmapsteps.BITMAPS))
+    if builder.covered:
+        builder.add(Unlink(builder.work / bitmapsteps.COVER))
     builder.add(RemoveDirectory(builder.work), Sync(builder.t_path.parent))
     return builder.steps, final
 
@@ -328,6 +348,6 @@ def repoint(
 
     One header write: the old backing or the new one, both read right.
     """
-    builder = _Builder(layers, group, candidate, options, "", ())
+    builder = _Builder(layers, group, candidate, options, "", (), NOTHING)
     builder.point_to(builder.j_path, builder.backing_name(builder.j_path.parent))
     return builder.steps, builder.j_path

@@ -17,6 +17,7 @@ __all__ = [
     "Command",
     "Compare",
     "Confirm",
+    "ConfirmBitmaps",
     "Freeze",
     "HardLink",
     "MakeDirectory",
@@ -96,6 +97,19 @@ class Adopt:
 
 
 @dataclass(frozen=True, slots=True)
+class ConfirmBitmaps:
+    """The bitmaps of `image`, read again: each of `names` marks all that was merged into it.
+
+    What was merged is in the commands of the same plan, and their sources are still there.
+    `gone`: names of which there must be none.
+    """
+
+    image: Path
+    names: tuple[str, ...] = ()
+    gone: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class MakeDirectory:
     path: Path
 
@@ -149,6 +163,7 @@ Step = (
     | Freeze
     | Compare
     | Confirm
+    | ConfirmBitmaps
     | MakeDirectory
     | RemoveDirectory
     | HardLink
@@ -191,7 +206,7 @@ def arguments(step: Step, program: str = "qemu-img") -> list[str] | None:
             return ["mv", "-T", "--", str(old), str(new)]
         case Unlink(path):
             return ["rm", "-f", "--", str(path)]
-        case Freeze() | Confirm() | Adopt():
+        case Freeze() | Confirm() | Adopt() | ConfirmBitmaps():
             return None
 
 
@@ -219,6 +234,8 @@ def as_json(step: Step, program: str = "qemu-img") -> dict[str, object]:
             return {"confirm": [str(image), None if backing is None else str(backing)]}
         case Adopt(image):
             return {"adopt": str(image)}
+        case ConfirmBitmaps(image, names, gone):
+            return {"confirm_bitmaps": str(image), "names": list(names), "gone": list(gone)}
         case Freeze(image, into):
             return {"freeze": [str(image), str(into)]}
         case _:

@@ -41,7 +41,7 @@ def step_from_json(stored: object) -> Step:
                 values[name] = Path(value)
             elif name == "writes":
                 values[name] = tuple(Path(item) for item in value)
-            elif name == "argv":
+            elif name in ("argv", "names", "gone"):
                 values[name] = tuple(value)
         made: Step = kind(**values)
     except (KeyError, TypeError) as error:

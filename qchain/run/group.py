@@ -23,6 +23,7 @@ from qchain.plan.steps import (
     Command,
     Compare,
     Confirm,
+    ConfirmBitmaps,
     Freeze,
     HardLink,
     MakeDirectory,
@@ -37,6 +38,7 @@ from qchain.plan.steps import (
 from qchain.plan.traffic import commit_granularity
 from qchain.qcow2.header import read_header
 from qchain.run.attributes import take_attributes
+from qchain.run.bitmaps import as_it_is, confirm_bitmaps, give_back
 from qchain.run.confirm import confirm
 from qchain.run.durable import fsync_directory, fsync_file, fsync_open
 from qchain.run.identity import state_of
@@ -103,6 +105,8 @@ class GroupRun:
                 self._compare(step)
             case Confirm(image, backing, fmt, final):
                 confirm(image, backing, fmt, final, self.switched)
+            case ConfirmBitmaps():
+                confirm_bitmaps(step, self.record.steps)
             case MakeDirectory(path):
                 make_private(path)
                 self.made.append(path)
@@ -221,11 +225,17 @@ class GroupRun:
             self.made.append(self.t_path)
         if verb == "rebase" and "-u" not in step.argv:
             self._before_pull()
-        passed = {known.id for known in self.record.layers[1 : self.record.target]}
+        if verb == "bitmap":
+            possible = as_it_is(step)
+            if possible is None:
+                return  # it was done before
+            step = possible
+        above = self.record.layers[: self.record.target]
+        passed = {known.id for known in above if known.path not in step.writes}
         between = [layer for layer in self.locks.layers if layer.file.id in passed]
         named = step.writes[-1]
         # Neither a commit that keeps its top nor a change of names touches the map of it.
-        stays = step.commits or "-u" in step.argv
+        stays = step.commits or (verb == "rebase" and "-u" in step.argv)
         before = map_digest(named) if stays else None
         passing = between if step.commits else ()
         with self.locks.handed_over(step.writes, passing, named) as held:
@@ -415,6 +425,7 @@ class GroupRun:
         try:
             if self._led_away():
                 self.restore_backing()
+            give_back(self)
         except (QchainError, OSError):
             return False  # the aliases must stay: the header may still name them
         with contextlib.suppress(QchainError, OSError):

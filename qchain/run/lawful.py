@@ -18,6 +18,7 @@ from qchain.plan.steps import (
     Command,
     Compare,
     Confirm,
+    ConfirmBitmaps,
     Freeze,
     HardLink,
     MakeDirectory,
@@ -33,7 +34,7 @@ from qchain.run.journal import GroupRecord, Journal
 
 __all__ = ["require_lawful"]
 
-_VERBS = frozenset({"commit", "convert", "create", "rebase", "resize"})
+_VERBS = frozenset({"bitmap", "commit", "convert", "create", "rebase", "resize"})
 
 
 def require_lawful(journal: Journal) -> None:
@@ -91,6 +92,8 @@ class _Rule:
                 )
             case Confirm(image, backing):
                 return image in self.chain and (backing is None or backing in self.chain)
+            case ConfirmBitmaps(image):
+                return image in self.members or self._work(image)
             case MakeDirectory(path) | RemoveDirectory(path):
                 return self._beside(path)
             case HardLink(existing, link):
@@ -110,12 +113,14 @@ class _Rule:
         argv = step.argv
         if len(argv) < 3 or argv[0] not in _VERBS:
             return False
-        if not self.chain.issuperset(step.writes):
+        if not all(path in self.chain or self._work(path) for path in step.writes):
             return False
         if step.cwd is not None and step.cwd not in self.places:
             return False
         if argv[0] == "convert":
             return self._new(Path(argv[-1])) and step.writes == (Path(argv[-1]),)
+        if argv[0] == "bitmap":
+            return self._bitmap(step)
         if argv[0] == "create":
             return self._work((step.cwd or Path("/")) / argv[-2])
         if "--image-opts" in argv:
@@ -125,6 +130,21 @@ class _Rule:
             named = any(f",file.filename={name}," in argv[-1] for name in names)
             return step.writes == (target,) and named
         return set(_images(argv)) <= set(step.writes)
+
+    def _bitmap(self, step: Command) -> bool:
+        """Bitmaps change in the group's own images and in work files, and nowhere else."""
+        *words, dashes, image, name = step.argv
+        sources = [Path(words[at + 1]) for at, word in enumerate(words[:-1]) if word == "-b"]
+        flags = {"bitmap", "-f", "-F", "-b", "-g", "qcow2", "--remove", "--add", "--enable",
+                 "--disable", f"--merge={name}"}  # fmt: skip
+        flags |= {str(path) for path in sources}
+        return (
+            dashes == "--"
+            and step.writes == (Path(image),)
+            and (Path(image) in self.members or self._work(Path(image)))
+            and all(path in self.chain or self._work(path) for path in sources)
+            and all(word in flags or word.isdecimal() for word in words)
+        )
 
     def _links(self, target: Path) -> Iterator[HardLink]:
         for step in self.group.steps:
@@ -167,7 +187,11 @@ def _images(argv: tuple[str, ...]) -> Iterator[Path]:
 def _well_typed(step: Step) -> bool:
     for field in fields(step):
         value = getattr(step, field.name)
-        kinds = {"argv": tuple, "writes": tuple, "weight": int, "commits": bool}
+        kinds = {
+            **dict.fromkeys(("argv", "writes", "names", "gone"), tuple),
+            "weight": int,
+            "commits": bool,
+        }
         if isinstance(value, Path):
             if not value.is_absolute():
                 return False
@@ -175,4 +199,12 @@ def _well_typed(step: Step) -> bool:
             value is not None or field.name in kinds
         ):
             return False
-    return not isinstance(step, Command) or all(isinstance(word, str) for word in step.argv)
+    words: tuple[object, ...] = ()
+    match step:
+        case Command(argv):
+            words = argv
+        case ConfirmBitmaps(_, names, gone):
+            words = names + gone
+        case _:
+            pass
+    return all(isinstance(word, str) for word in words)

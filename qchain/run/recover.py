@@ -22,7 +22,16 @@ from qchain.chain.gate import Gate
 from qchain.chain.layer import Layer
 from qchain.errors import FailedMidway, ImageError, Refused
 from qchain.hostfile import FileId, HostFile
-from qchain.plan.steps import Command, Compare, Confirm, Rename, SymbolicLink, Sync
+from qchain.plan.steps import (
+    Command,
+    Compare,
+    Confirm,
+    ConfirmBitmaps,
+    Rename,
+    SymbolicLink,
+    Sync,
+)
+from qchain.run.bitmaps import bitmap_command, follow_kept, place_again
 from qchain.run.durable import discard_unwritten
 from qchain.run.execute import Silent, named, run_group
 from qchain.run.group import GroupRun, Observer
@@ -176,12 +185,15 @@ def _where_to_begin(record: GroupRecord, step: int) -> int:
     """The step to repeat.
 
     For a flush or a look at a header: the command before it. What it wrote may be lost. A copy
-    that has no name yet is made again.
+    that has no name yet is made again. For a bitmap command the first of its run: killed, it
+    leaves all bitmaps of its image in use.
     """
     steps, begin = record.steps, step
     if record.copy is not None and not _has_its_name(record, step):
         return 0
-    while begin > 0 and isinstance(steps[begin], (Sync, Confirm, SymbolicLink)):
+    while begin > 0 and isinstance(steps[begin], (Sync, Confirm, ConfirmBitmaps, SymbolicLink)):
+        begin -= 1
+    while begin > 0 and bitmap_command(steps[begin]) and isinstance(steps[begin - 1], Command):
         begin -= 1
     if not isinstance(steps[begin], Command):
         return step
@@ -219,6 +231,7 @@ def _forward(
     run.journal = journal
     run.resume(first)
     try:
+        follow_kept(run, journal, first)
         if changed:
             _carry(run, journal, first, layers)
     except BaseException:
@@ -262,6 +275,7 @@ def _carry(run: GroupRun, journal: Journal, first: int, layers: dict[FileId, Lay
                 "taken over; nothing was deleted",
                 "'qchain recover --back'",
             )
+    place_again(run, journal, first)
     journal.unsettled |= journal.indices([record.layers[0].path, run.t_path])
     journal.settle()
     journal.carrying = False
@@ -300,6 +314,7 @@ def _back(run: GroupRun, journal: Journal, give_up_dropped: bool) -> Recovered:
             "read as before, and going back does not change that",
             "run 'qchain recover' to finish, or add --give-up-dropped to go back all the same",
         )
+    follow_kept(run, journal, journal.step)
     if not run.put_back():
         raise FailedMidway(journal.active, "could not be put back as it was")
     journal.remove()

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeGuard
 
 from qchain.chain.chain import open_layer
 from qchain.chain.gate import Gate
@@ -129,7 +130,7 @@ def layers_of(journal: Journal, files: Files) -> dict[FileId, Layer]:
 # --- the steps ahead ------------------------------------------------------------------
 
 
-def is_commit(step: Step) -> bool:
+def is_commit(step: Step) -> TypeGuard[Command]:
     return isinstance(step, Command) and step.commits
 
 
@@ -188,12 +189,21 @@ def examine(journal: Journal, record: GroupRecord, first: int, files: Files) -> 
         _require(files, known, todo)
         _unchanged(journal, known, files, todo, kept)
     with HostFile(kept.path) as file:
-        if kept.format == "qcow2" and read_header(file).nb_snapshots:
-            raise Refused(
-                kept.path,
-                "holds an internal snapshot now, which the rest of the merge would lose",
-                "delete it ('qemu-img snapshot -d'), or try 'qchain recover --back'",
-            )
+        header = read_header(file) if kept.format == "qcow2" else None
+    if header is not None and header.nb_snapshots:
+        raise Refused(
+            kept.path,
+            "holds an internal snapshot now, which the rest of the merge would lose",
+            "delete it ('qemu-img snapshot -d'), or try 'qchain recover --back'",
+        )
+    # A commit that opens the kept image itself began when that had no bitmaps.
+    bare = any(is_commit(step) and kept.path in step.writes for step in record.steps)
+    if bare and header is not None and header.bitmaps_extension is not None:
+        raise Refused(
+            kept.path,
+            "has bitmaps now, which the rest of the merge would lose",
+            "remove them ('qemu-img bitmap --remove'), or try 'qchain recover --back'",
+        )
     # A copy that had no name yet is made again, with whatever is in the kept image now.
     return record.copy is None and (journal.carrying or _differs(journal, kept, files))
 
