@@ -59,6 +59,7 @@ def refused(saved: Path, directory: Path, code: int, *more: str) -> str:
         ("--collapse", "--strategy", "commit", "--names", "lowest"),
         ("--keep", "base.qcow2", "--keep", "l1.qcow2", "--strategy", "pull", "--keep-files"),
         ("--drop", "l2.qcow2", "--verify", "full", "--names", "target", "--strategy", "commit"),
+        ("--drop", "l1.qcow2", "--strategy", "copy"),
     ],
     ids=" ".join,
 )
