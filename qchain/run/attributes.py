@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qchain.errors import FailedMidway
 
-__all__ = ["take_attributes"]
+__all__ = ["open_to_all_of", "take_attributes"]
 
 _ACCESS_ACL = "system.posix_acl_access"
 # Digests of the file's own content and attributes: the source's would be wrong.
@@ -119,3 +119,12 @@ def _told(path: Path, action: str) -> Iterator[None]:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise FailedMidway(path, f"cannot {action}: {reason}") from None
+
+
+def open_to_all_of(source: Path, alias: Path) -> None:
+    """Whoever may open `source` may open `alias`, which holds no data but a name."""
+    try:
+        take_attributes(source, alias)
+    except FailedMidway:
+        # Who is not the owner of `source` cannot give it away.
+        alias.chmod(0o644)

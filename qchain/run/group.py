@@ -37,7 +37,7 @@ from qchain.plan.steps import (
 )
 from qchain.plan.traffic import commit_granularity
 from qchain.qcow2.header import read_header
-from qchain.run.attributes import take_attributes
+from qchain.run.attributes import open_to_all_of, take_attributes
 from qchain.run.bitmaps import as_it_is, confirm_bitmaps, give_back
 from qchain.run.confirm import confirm
 from qchain.run.durable import fsync_directory, fsync_file, fsync_open
@@ -123,7 +123,7 @@ class GroupRun:
                 self._note(link)
             case TakeAttributes(source, target):
                 if target not in self.names:
-                    _open_to_all_of(source, target)
+                    open_to_all_of(source, target)
                 elif source.exists() and target.exists() and not source.samefile(target):
                     take_attributes(source, target)
             case Sync(path):
@@ -486,15 +486,6 @@ def _is_file(path: Path, file: HostFile) -> bool:
         return os.path.samestat(path.stat(), os.fstat(file.fd))
     except OSError:
         return False
-
-
-def _open_to_all_of(source: Path, alias: Path) -> None:
-    """Whoever may open `source` may open `alias`, which holds no data but a name."""
-    try:
-        take_attributes(source, alias)
-    except FailedMidway:
-        # Who is not the owner of `source` cannot give it away.
-        alias.chmod(0o644)
 
 
 def _created(step: Command) -> Path:
