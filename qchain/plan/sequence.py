@@ -308,7 +308,7 @@ def sequence(
     options: MergeOptions,
     token: str,
     above: Sequence[Above],
-    fate: Fate,
+    fate: Fate = NOTHING,
 ) -> tuple[list[Step], Path]:
     """The steps that merge `group` by `candidate`, and the path of the result.
 
