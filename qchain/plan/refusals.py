@@ -164,7 +164,8 @@ def stranger_refusals(
             perhaps = "" if found.backing_id is not None else "perhaps "
             out.append(
                 f"{found.path}: {perhaps}{found.use} {below.name}, which the merge would change; "
-                f"keep {below.name}, or merge or move that overlay first"
+                f"keep {below.name}, merge that overlay too (name its active image as well), or "
+                "move it"
             )
     if unseen:
         more = f" (and {len(unseen) - 1} more)" if len(unseen) > 1 else ""
