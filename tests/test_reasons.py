@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from merging import build
 
+from fixtures.oracle import qemu_map
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Request
 
@@ -49,3 +50,18 @@ def test_what_is_said(
     plan = disk.plan(Request(drop=drop), MergeOptions(**options))  # type: ignore[arg-type]
     (group,) = plan.as_json()["groups"]  # type: ignore[misc]
     assert group["why"].startswith(said), group["why"]
+
+
+@pytest.mark.parametrize("drop", [("l1.qcow2",), ("base.qcow2", "l1.qcow2")])
+def test_a_copy_writes_what_was_said(tmp_path: Path, drop: tuple[str, ...]) -> None:
+    """What the kept image holds and what is pulled (flattened: all that shows), and no more."""
+    lines = ["[size=2M] 1M:A 512k:- 128k:A", "[cluster=16k] 64k:- 512k:B", "256k:C 64k:0 64k:C"]
+    disk = build(tmp_path, lines)
+    options = MergeOptions(strategy="copy")
+    plan, _ = disk.merge(drop, options)
+    (group,) = plan.groups
+    assert group.chosen is not None and group.chosen.strategy == "copy"
+    own = [each for each in qemu_map(disk.active) if each["depth"] == 0 and each["data"]]
+    assert group.chosen.write_bytes == sum(each["length"] for each in own)
+    size = disk.active.stat().st_size
+    assert size <= group.chosen.target_growth_bytes <= size + (512 << 10)

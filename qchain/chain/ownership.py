@@ -75,13 +75,10 @@ def unify(
     return unit, out
 
 
-def layer_masks(
-    layers: Sequence[Layer], start: int, end: int, *, zeroes: bool = False
-) -> tuple[int, list[Masks | None]]:
+def layer_masks(layers: Sequence[Layer], start: int, end: int) -> tuple[int, list[Masks | None]]:
     """The allocation of every layer in a window, in one unit (see `unify`)."""
     found = [
-        layer.masks(start, min(layer.size, end), zeroes=zeroes) if layer.size > start else None
-        for layer in layers
+        layer.masks(start, min(layer.size, end)) if layer.size > start else None for layer in layers
     ]
     return unify(layers, found, start, end)
 

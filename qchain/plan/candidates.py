@@ -10,7 +10,7 @@ from qchain.chain.layer import Layer, Qcow2Layer
 from qchain.hostfile import mount_id
 from qchain.plan.bitmaps import bitmap_obstacle
 from qchain.plan.clusters import ClusterCount
-from qchain.plan.copying import copied_bytes, new_file_bytes
+from qchain.plan.copying import new_file_bytes
 from qchain.plan.growth import Growth, growth_of
 from qchain.plan.model import DEFAULT, TimeModel
 from qchain.plan.options import MergeOptions
@@ -244,15 +244,11 @@ def _copy(
     model: TimeModel = DEFAULT,
 ) -> Candidate:
     """The copy: what the kept image holds, and on top of that what a `pull` moves."""
-    reason = _no_copy(tree, group, options)
-    if reason is not None:
-        return Candidate("copy", "qemu-img", None, reason)
     kept = tree.layers[group.kept]
     alone = group.below is None
-    copied = copied_bytes([tree.layers[index] for index in group.line], alone)
-    # Where nothing is left below, convert alone does it all.
-    traffic = replace(pull.traffic, copy_bytes=copied)
+    copied, traffic = pull.traffic.copy_bytes, pull.traffic
     if alone:
+        # convert alone does it all.
         traffic = Traffic(copy_bytes=copied, extents=pull.extents)
     written = copied + traffic.pull_bytes
     room = new_file_bytes(kept, written, traffic.extents)
@@ -268,7 +264,7 @@ def _copy(
         "copy",
         "qemu-img",
         None,
-        None,
+        _no_copy(tree, group, options),
         copied + traffic.pull_read_bytes,
         written,
         traffic.extents,

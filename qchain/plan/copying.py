@@ -7,46 +7,9 @@ so these are upper bounds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-
 from qchain.chain.layer import Layer
-from qchain.chain.ownership import layer_masks
-from qchain.chain.parallel import in_order
-from qchain.chain.resolve import mask_windows
 
-__all__ = ["copied_bytes", "new_file_bytes"]
-
-
-def copied_bytes(layers: Sequence[Layer], alone: bool) -> int:
-    """Bytes of data of the kept image, `layers[0]`; `alone`: of all that shows through it.
-
-    Args:
-        layers: the whole chain of the kept image, itself first.
-    """
-    shown = layers if alone else layers[:1]
-    size = layers[0].size
-
-    def window(span: tuple[int, int]) -> int:
-        start, end = span[0], min(span[1], size)
-        if end <= start:
-            return 0
-        unit, masks = layer_masks(shown, *span, zeroes=True)
-        left = np.ones((span[1] - span[0]) // unit, bool)
-        total = 0
-        for layer, answer in zip(shown, masks, strict=True):
-            if answer is not None:
-                data = answer.allocated & left
-                left &= ~answer.allocated
-                if answer.zero is not None:
-                    data &= ~answer.zero
-                total += int(np.count_nonzero(data))
-            if layer.size < end:
-                left[max(0, layer.size - start) // unit :] = False
-        return total * unit
-
-    return sum(in_order(window, list(mask_windows(shown))))
+__all__ = ["new_file_bytes"]
 
 
 def new_file_bytes(kept: Layer, written: int, extents: int) -> int:

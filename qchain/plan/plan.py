@@ -111,7 +111,7 @@ def _clusters_json(candidate: Candidate) -> dict[str, object]:
     """How many more clusters the target uses; "exact": not only at most."""
     growth = candidate.growth
     if growth is None:
-        return {"target_clusters_added": 0, "target_growth_exact": True}
+        return {"target_clusters_added": 0, "target_growth_exact": False}
     return {"target_clusters_added": growth.clusters, "target_growth_exact": growth.exact}
 
 

@@ -148,6 +148,10 @@ class _Window:
                     shown = own.mask if above.mask is None else own.mask > above.mask
                     found.held_bytes = int(np.count_nonzero(own.mask)) * self.unit
                     found.shown_bytes = int(np.count_nonzero(shown)) * self.unit
+                if target == 0:
+                    data = (own if self.under else own.over(below)).data
+                    if data is not None:
+                        found.copy_bytes = self._before(data, self.layers[0].size)
                 out[place] = found
         return out
 
