@@ -37,7 +37,7 @@ class Traffic:
     new_tables: int = 0
     held_bytes: int = field(default=0, compare=False)
     shown_bytes: int = field(default=0, compare=False)
-    copy_bytes: int = 0
+    copy_bytes: int = field(default=0, compare=False)
     unsure_bytes: int = field(default=0, compare=False)
 
     def add(self, other: Traffic, times: int = 1) -> None:
