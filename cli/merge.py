@@ -27,7 +27,10 @@ __all__ = ["carry_out", "ending_in_order", "merge"]
 
 @command
 def merge(
-    active: Annotated[list[Path], typer.Argument(metavar="ACTIVE", help="The active image.")],
+    active: Annotated[
+        list[Path],
+        typer.Argument(metavar="ACTIVE...", help="The active image; of linked clones all."),
+    ],
     merging: Merging,
     common: Common,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,

@@ -15,7 +15,10 @@ __all__ = ["plan"]
 
 @command
 def plan(
-    active: Annotated[list[Path], typer.Argument(metavar="ACTIVE", help="The active image.")],
+    active: Annotated[
+        list[Path],
+        typer.Argument(metavar="ACTIVE...", help="The active image; of linked clones all."),
+    ],
     merging: Merging,
     common: Common,
 ) -> None:

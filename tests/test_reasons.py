@@ -32,7 +32,7 @@ CASES = [
     (
         ["[size=2M] 2M:A", "1M:B", "1M:- 64k:C"], ("l1.qcow2",), {"strategy": "pull"},
         ("l2.qcow2 overwrites 0 % of l1.qcow2; pulling into l2.qcow2 moves 1.0 MiB, and is the "
-        "only way possible"),
+        "only way asked for"),
     ),
     (
         ["[size=2M] 2M:A", "1M:B", "64k:C"], ("l1.qcow2",), {"prefer": "writes"},

@@ -52,7 +52,7 @@ def cells_of(path: Path, spec: LayerSpec, size: int, limit: int) -> Cells:
         cells = range(extent["start"] // SECTOR, (extent["start"] + extent["length"]) // SECTOR)
         if extent["depth"] == 0 and extent["present"]:
             breaks.add(cells[0])
-            if extent.get("compressed"):
+            if extent["data"] and "offset" not in extent:  # compressed: 7.2 has no word for it
                 breaks.update(c for c in cells if c * SECTOR % spec.cluster_size == 0)
             if extent["data"]:
                 allocated.update(cells)

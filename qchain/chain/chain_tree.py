@@ -102,7 +102,7 @@ def open_tree(
                 raise UsageError(
                     growing.layers[top if top < first else joins].path,
                     "is named twice, or another active image backs on it",
-                    "name the uppermost images only, each once",
+                    "name the uppermost images only, each once; what is to go needs --drop each",
                 )
             tops.append(top)
         return growing.tree(tops)

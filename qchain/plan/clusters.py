@@ -100,7 +100,8 @@ class ClusterCount:
         apart = step == cell and self.unit == self.layer.granularity
         over = first if apart else _or(first, rest)
         own: Entries | None
-        if host is None:
+        if host is None or self.new_size < self.layer.size:
+            # Of a target that is cut, the host clusters themselves are asked for.
             length = max((len(mask) for mask in (over, gone) if mask is not None), default=0)
             own = self.own(start, start + step * length, step)
         else:

@@ -67,7 +67,8 @@ def reason(layers: Sequence[Layer], plan: GroupPlan) -> str:
     lead = f"{overlap}; " if overlap else ""
     moved = f"{_way(layers, chosen)} moves {_human(chosen.write_bytes)}"
     if not others:
-        return f"{lead}{moved}, and is the only way possible"
+        asked = any((c.reason or "").endswith("was asked for") for c in plan.candidates)
+        return f"{lead}{moved}, and is the only way {'asked for' if asked else 'possible'}"
     others.sort(key=lambda c: (c.seconds, c.write_bytes))
     if chosen.write_bytes <= min(c.write_bytes for c in others):
         told = [f"{_way(layers, c)} {_human(c.write_bytes)}" for c in others[:_NAMED]]
