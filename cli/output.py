@@ -118,6 +118,8 @@ def save_json(document: object, path: Path) -> None:
     try:
         mode = "w" if _is_plan(path) else "x"
         with path.open(mode, encoding="ascii") as file:
+            # Who can write to a plan can make it another one.
+            os.fchmod(file.fileno(), os.fstat(file.fileno()).st_mode & 0o755)
             file.write(json.dumps(document, indent=2) + "\n")
     except FileExistsError:
         raise Refused(path, "exists already and is no plan", "name another file") from None

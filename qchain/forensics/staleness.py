@@ -82,7 +82,8 @@ def older_than_base(
         return None
     return (
         f"its backing file {base_name} was written at {_when(base_mtime)}, after this overlay "
-        f"was made ({_when(made)} at the latest): what it reads may be wrong, unless a merge wrote it"
+        f"was made ({_when(made)} at the latest): what it reads may be wrong, "
+        "unless a merge wrote it"
     )
 
 

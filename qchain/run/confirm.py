@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from qchain.chain.layer import Layer
 from qchain.chain.names import resolve_name
 from qchain.errors import FailedMidway
-from qchain.hostfile import HostFile
+from qchain.hostfile import FileId, HostFile
 from qchain.qcow2.header import read_header
 
-__all__ = ["confirm"]
+__all__ = ["confirm", "require_same_size"]
 
 
 def confirm(
@@ -43,4 +46,24 @@ def confirm(
             image,
             f"its header records {header.backing_format!r} as format of its backing file after "
             f"'rebase -u', not {fmt!r}",
+        )
+
+
+def require_same_size(layers: Sequence[Layer], kept_id: FileId, goal_id: FileId) -> None:
+    """Before the kept image goes: the result is a disk of its size, as both are now.
+
+    Raises: `FailedMidway`.
+    """
+    held = {layer.file.id: layer for layer in layers}
+    kept, goal = held.get(kept_id), held.get(goal_id)
+    if kept is None or goal is None or kept.file.id == goal.file.id:
+        return
+    sizes = [
+        os.fstat(layer.file.fd).st_size if layer.format == "raw" else read_header(layer.file).size
+        for layer in (kept, goal)
+    ]
+    # A raw disk is as long as its file, which may end within a sector.
+    if -(-sizes[0] // 512) != -(-sizes[1] // 512):
+        raise FailedMidway(
+            kept.path, f"is a disk of {sizes[0]} bytes now, and the result one of {sizes[1]}"
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,7 @@ def copy_point(
     """
     qemu, observer = qemu or QemuImg(), observer or Silent()
     destination, active = wanted.destination, wanted.chain.active
-    draft = destination.with_name(f"{WORK_PREFIX}{destination.name[:200]}.copy")
+    draft = destination.with_name(f"{WORK_PREFIX}{secrets.token_hex(8)}.copy")
     with ChainLocks(wanted.chain.layers):
         try:
             # By a descriptor: whoever owns the directory may swap the name for a link.
@@ -155,10 +156,12 @@ def copy_point(
                 found = _made(wanted, fd, draft, qemu, observer)
                 take_attributes(active.path, draft)
                 fsync_open(fd, draft)
+                if not os.path.samestat(os.fstat(fd), os.lstat(draft)):
+                    raise FailedMidway(draft, "is another file than the one that was made")
+                # A name that came to be meanwhile is nobody's to be replaced.
+                os.link(draft, destination, follow_symlinks=False)
             finally:
                 os.close(fd)
-            # A name that came to be meanwhile is nobody's to be replaced.
-            os.link(draft, destination, follow_symlinks=False)
             draft.unlink()
             fsync_directory(destination.parent)
         except OSError as error:

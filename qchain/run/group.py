@@ -39,7 +39,7 @@ from qchain.plan.traffic import commit_granularity
 from qchain.qcow2.header import read_header
 from qchain.run.attributes import open_to_all_of, take_attributes
 from qchain.run.bitmaps import as_it_is, confirm_bitmaps, give_back
-from qchain.run.confirm import confirm
+from qchain.run.confirm import confirm, require_same_size
 from qchain.run.durable import fsync_directory, fsync_file, fsync_open
 from qchain.run.identity import state_of
 from qchain.run.journal import GroupRecord, Journal, LayerRecord
@@ -195,6 +195,7 @@ class GroupRun:
             if not self._is_target(new):
                 raise FailedMidway(old, "is missing")
             return  # it was done before
+        self._require_same_size()
         over = next(known for known in self.record.layers if known.path == new)
         for known in (over, self.record.layers[0]):
             # Nobody may have open what is replaced, nor what backed on it.
@@ -204,11 +205,16 @@ class GroupRun:
         self.switched = True
         old.rename(new)
 
+    def _require_same_size(self) -> None:
+        require_same_size(self.locks.layers, self.record.layers[0].id, self.record.goal.id)
+
     def _unlink(self, path: Path) -> None:
         """Delete an image, if the name is still that of the file that was dropped."""
         known = next(known for known in self.record.layers if known.path == path)
         file = self._expected(path, known)
         if file is not None:
+            if known is self.record.layers[0]:
+                self._require_same_size()
             self.locks.before_switch(file)
             self.switched = True
             path.unlink()

@@ -189,6 +189,12 @@ def _content(path: Path) -> bytes:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise _none(path, ": it is no regular file")
+        if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022:
+            raise Refused(
+                path,
+                "others than you could have written it, and made it a plan of theirs",
+                "look at it; if it is right, own it and 'chmod 600' it",
+            )
         if status.st_size > _LIMIT:
             raise _none(path, f": it is longer than {_LIMIT} bytes")
         with os.fdopen(fd, "rb", closefd=False) as file:

@@ -183,21 +183,28 @@ def examine(journal: Journal, record: GroupRecord, first: int, files: Files) -> 
         if image is not None:
             _require(files, image, todo)
             _unchanged(journal, image, files, todo, kept, target)
-    if not live or not own or (record.target == 0 and record.copy is None):
-        return False
-    for known in record.layers[1 : record.target + 1]:
-        _require(files, known, todo)
-        _unchanged(journal, known, files, todo, kept)
-    with HostFile(kept.path) as file:
-        header = read_header(file) if kept.format == "qcow2" else None
+    header = None
+    if own and kept.format == "qcow2" and any(_concerns(step, kept.path) for step in ahead):
+        with HostFile(kept.path) as file:
+            header = read_header(file)
     if header is not None and header.nb_snapshots:
+        # It reads through the present backing, under a target as well as in one.
         raise Refused(
             kept.path,
             "holds an internal snapshot now, which the rest of the merge would lose",
             "delete it ('qemu-img snapshot -d'), or try 'qchain recover --back'",
         )
+    if not live or not own or (record.target == 0 and record.copy is None):
+        return False
+    for known in record.layers[1 : record.target + 1]:
+        _require(files, known, todo)
+        _unchanged(journal, known, files, todo, kept)
+    if record.copy is not None:
+        _nothing_since_the_copy(journal, record, files)
     # A commit that opens the kept image itself began when that had no bitmaps.
-    bare = any(is_commit(step) and kept.path in step.writes for step in record.steps)
+    bare = record.copy is not None or any(
+        is_commit(step) and kept.path in step.writes for step in record.steps
+    )
     if bare and header is not None and header.bitmaps_extension is not None:
         raise Refused(
             kept.path,
@@ -206,6 +213,23 @@ def examine(journal: Journal, record: GroupRecord, first: int, files: Files) -> 
         )
     # A copy that had no name yet is made again, with whatever is in the kept image now.
     return record.copy is None and (journal.carrying or _differs(journal, kept, files))
+
+
+def _nothing_since_the_copy(journal: Journal, record: GroupRecord, files: Files) -> None:
+    """Where the copy has its name already, it is not made again: nothing may be newer."""
+    kept = record.layers[0]
+    final = next(step.new for step in record.steps if isinstance(step, Rename))
+    if _id(files, final) == record.goal.id and _differs(journal, kept, files):
+        raise Refused(
+            kept.path,
+            f"was written to after {final.name} had become what it was, which lacks that",
+            f"'qemu-img rebase -u -b {final} -F {record.goal.format}' it, put it under another "
+            "name, then 'qchain recover' again",
+        )
+
+
+def _concerns(step: Step, kept: Path) -> bool:
+    return _ends(step, kept) or (isinstance(step, Command) and kept in step.writes)
 
 
 def _ends(step: Step, kept: Path) -> bool:
@@ -260,7 +284,9 @@ def refuse_overlays(journal: Journal, first: int) -> None:
             places.add(known.path.parent)
             if known.path in ends and identity(known.path) == known.id:
                 touched[known.id] = known.path
-    chain = {known.id for known in journal.chain}
+    # The number of a file that was deleted may be anybody's by now.
+    there = {identity(known.path) for known in journal.chain}
+    chain = {known.id for known in journal.chain if known.id in there}
     for line in stranger_refusals(touched, chain, [*sorted(places), *journal.scan]):
         raise Refused("recover", line, "or try 'qchain recover --back'")
 
