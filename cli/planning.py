@@ -183,7 +183,7 @@ def _escaped(step: Step) -> str:
 
 def show_plan(plan: Plan, stderr: bool = False) -> None:
     """The plan for a person: per group the chain before and after, the candidates, the choice."""
-    from .tables import safe
+    from .tables import safe, size_text
 
     out = console(stderr)
     if not plan.groups:
@@ -200,6 +200,12 @@ def show_plan(plan: Plan, stderr: bool = False) -> None:
         # On a terminal stderr shows the first right below.
         for line in plan.refusals[1 if _one_screen() else 0 :]:
             out.print(safe(f"refused: {line}"))
+    chosen = [group.chosen for group in plan.groups if group.chosen is not None]
+    if len(chosen) > 1:
+        grows = size_text(sum(each.target_growth_bytes for each in chosen))
+        frees = size_text(sum(each.freed_bytes for each in chosen))
+        out.print()
+        out.print(safe(f"All groups together: files grow by {grows}, {frees} are freed."))
     if plan.groups:
         out.print()
         out.print(safe(f"Times are {plan.model.source}."))
