@@ -255,6 +255,11 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
         lines.append(
             ("deletes", ", ".join(gone if len(gone) <= _SHOWN else [f"{len(gone)} files"]))
         )
+    if result != kept:
+        lines.append(("renames", f"{kept} goes; what used it is to use {result}"))
+    if plan.options.keep_files and group.result is not None:
+        # Its content is in the result; by itself it may miss a backing file.
+        lines.append(("keeps", "the files; a replaced one as NAME.qchain-old, not readable alone"))
     shared = [names[index] for index in group.group.shared]
     if shared:
         said = ", ".join(shared if len(shared) <= _SHOWN else [f"{len(shared)} files"])
