@@ -30,6 +30,8 @@ os.environ["TERM"] = "xterm-256color"
 # Whatever runs in the background of a script ignores ^C, and so would all that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # and of nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -318,6 +318,9 @@ def test_every_image_reads_as_before(
             assert raw_of(there) != points[image]
             shutil.rmtree(directory / "copy")
             done = run("rebase", image, "--onto", other, "--yes", "--allow-copy")
+            if done.code == 3 and "compat 0.10 and no backing" in done.err:
+                assert contents(directory) == before
+                return
             assert done.code == 0, done.err
         assert sorted(contents(directory)) == sorted(before)
         led(image, other.name, format_of(other))

@@ -100,6 +100,13 @@ def plan_rebase(
             return nothing
     else:
         steps, result = sequence(layers, group, way, options, secret, ())
+        header = layers[0].header
+        if header is not None and header.version == 2 and layers[0].backing is None:
+            # Its zero writes only let go of clusters, and then the new backing shows through.
+            refusals.append(
+                f"{layers[0].path}: has compat 0.10 and no backing file: what must read as zeroes "
+                "cannot be written; 'qemu-img amend -o compat=1.1' first"
+            )
         place = layers[0].path.parent
         refusals += space_refusals({place.stat().st_dev: way.peak_extra_bytes}, [place])
     refusals += naming_refusals(steps, {result: layers[0]})
