@@ -341,3 +341,18 @@ def test_what_a_group_frees_is_free_for_the_next(clones: Disk) -> None:
         execute(plan, tree, before_step=look)
     assert len(ahead) == 3
     assert not [name for names in ahead for name in names if "qcow2 (deleted)" in name]
+
+
+@pytest.mark.parametrize("names", ["kept", "lowest"])
+def test_copies_in_two_groups(tmp_path: Path, names: str) -> None:
+    """The first one's new file backs on what the second one changes: it is no stranger."""
+    chain = {
+        "base": (None, "256k:A"),
+        "a": ("base", "64k:- 64k:B"),
+        "b": ("a", "64k:C"),
+        "c": ("b", "192k:- 64k:D"),
+    }
+    disk = grown(tmp_path, chain)
+    plan, _ = disk.merge(["base.qcow2", "b.qcow2"], MergeOptions(strategy="copy", names=names))
+    assert len(plan.groups) == 2
+    disk.expect(disk.after(plan))

@@ -132,8 +132,7 @@ def overlay_refusals(
     }
     changed = {layers[index].file.id: layers[index].path for index in touched}
     directories = {layers[index].path.parent for group in groups for index in group.members}
-    # The number of a file that was deleted, and closed, may be anybody's by now.
-    own = {layer.file.id for layer in layers if layer.file.fd >= 0}
+    own = {layer.file.id for layer in layers}
     return stranger_refusals(changed, own, [*sorted(directories), *options.scan])
 
 

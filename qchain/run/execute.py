@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from qchain.chain.chain import Chain
@@ -25,6 +24,7 @@ from qchain.run.group import GroupRun, Observer
 from qchain.run.journal import Journal
 from qchain.run.locking import ChainLocks, sole
 from qchain.run.qemu_img import QemuImg
+from qchain.run.survey import refuse_overlays
 
 __all__ = ["MergeResult", "Observer", "Silent", "execute", "named", "run_group"]
 
@@ -61,12 +61,11 @@ def run_group(
     number: int,
     first: int = 0,
     before_step: Callable[[Step], None] | None = None,
-    look_out: Callable[[], None] | None = None,
 ) -> None:
     """Do the steps of a group from `first` on, each announced in the journal.
 
-    `look_out` raises when something has come that forbids the merge. It is called before
-    the result takes its place, and before the first image is deleted.
+    Overlays are looked for once more before the result takes its place, and before the first
+    image is deleted: a pull may take an hour.
 
     Raises: `FailedMidway`, `KeyboardInterrupt`; the group is put back then as far as it
         was not switched, and the journal stays only if something is left to recover.
@@ -81,8 +80,8 @@ def run_group(
             journal.write(number, index, step.writes if isinstance(step, Command) else ())
             if before_step is not None:
                 before_step(step)
-            if look_out is not None and _commits_to(step, run) - looked:
-                look_out()
+            if _commits_to(step, run) - looked:
+                refuse_overlays(journal, index)
                 looked |= _commits_to(step, run)
             run.perform(step)
             if isinstance(step, Sync) and journal.unsettled:
@@ -126,16 +125,6 @@ def _commits_to(step: Step, run: GroupRun) -> set[type[Step]]:
         or (isinstance(step, Command) and step.argv[:2] == ("rebase", "-u"))
     )
     return {type(step)} if final else set()
-
-
-def _alone(plan: Plan, first: int = 0) -> None:
-    """Raise `Refused` when an overlay outside the plan backs on what groups from `first` change.
-
-    It may have been made after the plan: while a person thought, or while qemu-img worked.
-    """
-    groups = [group.group for group in plan.groups[first:]]
-    for line in overlay_refusals(plan.layers, groups, plan.options):
-        raise Refused("merge", line, "")
 
 
 def _way_on(whole: bool, altered: Sequence[Path], todo: str) -> str:
@@ -203,8 +192,9 @@ def execute(
         ):
             try:
                 _unchanged(layers)
-                _alone(plan)
-                for line in unfinished_refusals(layers, [group.group for group in plan.groups]):
+                groups = [group.group for group in plan.groups]
+                late = overlay_refusals(layers, groups, plan.options)
+                for line in late + unfinished_refusals(layers, groups):
                     raise Refused("merge", line, "")
             except KeyboardInterrupt:
                 raise KeyboardInterrupt("nothing was changed") from None
@@ -212,8 +202,7 @@ def execute(
             for number, (group, record) in enumerate(zip(plan.groups, journal.groups, strict=True)):
                 held = [layers[index] for index in (*group.group.line, *group.group.onto)]
                 run = GroupRun(record, held, mode, qemu, observer, locks)
-                look_out = partial(_alone, plan, number)
-                run_group(run, journal, number, 0, before_step, look_out)
+                run_group(run, journal, number, 0, before_step)
                 _let_go(locks)
                 if run.comparison is not None:
                     compared += run.comparison.compared_bytes

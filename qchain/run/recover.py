@@ -224,7 +224,7 @@ def _forward(
     """Finish the group under way."""
     record = journal.groups[journal.group]
     changed = examine(journal, record, first, files)
-    refuse_overlays(journal, first)
+    refuse_overlays(journal, first, "or try 'qchain recover --back'")
     content = any(moves_content(step) for step in record.steps[first:])
     views = [layers[known.id] for known in record.layers] if content else []
     run = GroupRun(record, views, journal.verify, way.qemu, way.observer, locks)
@@ -237,14 +237,7 @@ def _forward(
     except BaseException:
         run.close()
         raise
-    # Once more before the switch and before anything is deleted: a pull may take an hour.
-    run_group(
-        run,
-        journal,
-        journal.group,
-        first,
-        look_out=lambda: refuse_overlays(journal, journal.step),
-    )
+    run_group(run, journal, journal.group, first)
 
 
 def _carry(run: GroupRun, journal: Journal, first: int, layers: dict[FileId, Layer]) -> None:

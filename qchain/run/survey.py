@@ -268,11 +268,11 @@ def _differs(journal: Journal, known: LayerRecord, files: Files) -> bool:
 # --- who else needs the files ---------------------------------------------------------
 
 
-def refuse_overlays(journal: Journal, first: int) -> None:
+def refuse_overlays(journal: Journal, first: int, todo: str = "") -> None:
     """Raise `Refused` when an image outside the chain backs on what is still to be changed.
 
-    A snapshot may have been taken since the merge was stopped. `first`: where the present
-    group goes on.
+    A snapshot may have been taken since the merge was planned, or stopped, or while qemu-img
+    worked. `first`: where the present group goes on.
     """
     touched: dict[FileId, Path] = {}
     places: set[Path] = set()
@@ -288,7 +288,7 @@ def refuse_overlays(journal: Journal, first: int) -> None:
     there = {identity(known.path) for known in journal.chain}
     chain = {known.id for known in journal.chain if known.id in there}
     for line in stranger_refusals(touched, chain, [*sorted(places), *journal.scan]):
-        raise Refused("recover", line, "or try 'qchain recover --back'")
+        raise Refused("merge", line, todo)
 
 
 def _touched(journal: Journal, record: GroupRecord, ahead: tuple[Step, ...]) -> set[Path]:
@@ -296,7 +296,7 @@ def _touched(journal: Journal, record: GroupRecord, ahead: tuple[Step, ...]) -> 
     # A kept name that stays what it was concerns nobody above it.
     stays = journal.names == "kept" and not journal.allow_format_change
     out = {step.path for step in ahead if isinstance(step, Unlink)}
-    out |= {step.new for step in ahead if isinstance(step, Rename)}
+    out |= {name for step in ahead if isinstance(step, Rename) for name in (step.old, step.new)}
     if any(moves_content(step) for step in ahead):
         out |= {known.path for known in record.members}
     return out - {record.layers[0].path} if stays else out
