@@ -20,6 +20,7 @@ from qchain.plan.options import MergeOptions
 from qchain.plan.plan import make_plan
 from qchain.plan.selection import Request
 from qchain.plan.steps import Command, Freeze, MakeDirectory, Step, TakeAttributes
+from qchain.run import attributes, group
 from qchain.run.execute import execute
 from qchain.run.qemu_img import QemuImg
 from qchain.run.recover import journals_at, recover
@@ -177,3 +178,22 @@ def test_the_owner_can_read_it_at_every_moment(strategy: str, drop: tuple[str, .
         assert answer == "True", answer
         recover(journals_at(disk.directory))
         assert raw_of(disk.active) == expected
+
+
+def test_a_copy_is_open_to_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who cannot give it what the kept image has gets no copy, rather than one for all to read.
+
+    (An alias, which holds a name and no data, may be opened to all then.)
+    """
+    disk = build(tmp_path, ["256k:A", "64k:B", "64k:- 64k:C"])
+    disk.active.chmod(0o600)
+
+    def refused(_source: Path, target: Path) -> None:
+        raise FailedMidway(target, "cannot set its attributes: operation not permitted")
+
+    monkeypatch.setattr(attributes, "take_attributes", refused)
+    monkeypatch.setattr(group, "take_attributes", refused)
+    with pytest.raises(FailedMidway, match="not permitted"):
+        disk.merge(["l1.qcow2"], MergeOptions(strategy="copy"))
+    disk.expect({path.name: path.name for path in disk.paths})
+    assert disk.active.stat().st_mode & 0o777 == 0o600

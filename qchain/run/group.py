@@ -122,7 +122,7 @@ class GroupRun:
                     link.symlink_to(target)
                 self._note(link)
             case TakeAttributes(source, target):
-                if target not in self.names:
+                if target not in self.names and target != self.t_path:
                     open_to_all_of(source, target)
                 elif source.exists() and target.exists() and not source.samefile(target):
                     take_attributes(source, target)
