@@ -170,7 +170,7 @@ def test_rebase_works_after_the_hand_over_only(chain: list[Path]) -> None:
         for fd in fds:
             locks.hold_reader(fd)
         assert not works("qemu-img", *argv)
-        locks.hand_over_rebase(fds[2])
+        locks.release(fds[2])
         assert not writable(chain[0]) and not writable(chain[1])
         QemuImg().run(argv)
 
@@ -185,7 +185,7 @@ def test_commit_works_after_the_hand_over_only(chain: list[Path]) -> None:
         locks.release(fds[2])
         # The intermediate's "consistent read" is in the way.
         assert not works("qemu-img", *commit_argv(base, top))
-        locks.hand_over_commit(fds[2], [fds[1]], fds[0])
+        locks.keep_unshared(fds[1])
         assert not writable(mid)
         QemuImg().run(commit_argv(base, top))
 

@@ -140,5 +140,5 @@ def test_a_plan_that_others_could_have_written(disk: Disk, tmp_path: Path) -> No
         os.umask(umask)
     assert plan.stat().st_mode & 0o022 == 0
     plan.chmod(0o666)
-    assert "others than you" in run("apply", plan, "--yes").fails(3)
+    assert "others than its owner" in run("apply", plan, "--yes").fails(3)
     disk.expect({path.name: path.name for path in disk.paths})

@@ -7,9 +7,43 @@ so these are upper bounds.
 
 from __future__ import annotations
 
-from qchain.chain.layer import Layer
+from pathlib import Path
 
-__all__ = ["new_file_bytes"]
+from qchain.chain.layer import Layer
+from qchain.plan.commands import (
+    convert_argv,
+    creation_options,
+    rebase_plain_argv,
+    rebase_unsafe_argv,
+)
+from qchain.plan.names import absolute_name
+
+__all__ = ["copy_argvs", "new_file_bytes"]
+
+
+def copy_argvs(
+    image: Layer, backing: Layer | None, base: Layer | None, out: Path, name: str | None
+) -> list[list[str]]:
+    """qemu-img's command lines that copy a point into the new file `out`.
+
+    Args:
+        image: whose content it is; `backing`: its immediate backing file.
+        base: what the copy backs on, its backing file or one deeper; None: it stands alone.
+        name: the base as the header of `out` is to have it. It is the last thing written, for
+            it may be right only from where `out` will lie.
+    """
+    source, how = absolute_name(image.path), creation_options(image.header)
+    if base is None or backing is None:
+        return [convert_argv(source, image.format, out, how)]
+    # convert copies what the image itself allocates, whatever -B says (measured).
+    over = absolute_name(backing.path)
+    argvs = [convert_argv(source, image.format, out, how, over, backing.format)]
+    whole = absolute_name(base.path)
+    if whole != over:
+        argvs.append(rebase_plain_argv(out, image.format, whole, base.format))
+    if name != str(whole):
+        argvs.append(rebase_unsafe_argv(out, image.format, name, base.format))
+    return argvs
 
 
 def new_file_bytes(kept: Layer, written: int, extents: int) -> int:

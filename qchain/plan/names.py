@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["SAVED_SUFFIX", "absolute_name", "relative_name", "saved_name"]
+from qchain.chain.layer import Layer
+
+__all__ = ["SAVED_SUFFIX", "absolute_name", "backing_name", "relative_name", "saved_name"]
 
 SAVED_SUFFIX = ".qchain-old"
 """What --keep-files appends to the name of a file that another one replaces; where that
@@ -26,6 +28,19 @@ def saved_name(path: Path) -> Path:
         if not os.path.lexists(saved):
             return saved
         number += 1
+
+
+def backing_name(overlay: Layer, below: Layer, directory: Path) -> str:
+    """How an image in `directory` names `below`: as `overlay` does, which backs on it.
+
+    What is absolute stays so, and what is relative.
+    """
+    path = absolute_name(below.path)
+    if overlay.backing is None or overlay.backing.name.startswith("/"):
+        return str(path)
+    if absolute_name(overlay.path).parent == directory:
+        return overlay.backing.name
+    return relative_name(path, directory)
 
 
 def relative_name(path: Path, directory: Path) -> str:

@@ -23,7 +23,7 @@ from qchain.plan.commands import (
     rebase_unsafe_argv,
     resize_shrink_argv,
 )
-from qchain.plan.names import absolute_name, relative_name, saved_name
+from qchain.plan.names import absolute_name, backing_name, relative_name, saved_name
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
 from qchain.plan.steps import (
@@ -92,17 +92,10 @@ class _Builder:
         """How an image in `directory` names the new backing: as the lowest image did."""
         if self.group.below is None:
             return None
-        below = absolute_name(self.layers[self.group.below].path)
+        below = self.layers[self.group.below]
         if self.group.onto:
-            return self.other_name(below, directory)
-        if self.lowest.backing is None:
-            return None
-        recorded = self.lowest.backing.name
-        if recorded.startswith("/"):
-            return str(below)
-        if absolute_name(self.lowest.path).parent == directory:
-            return recorded
-        return relative_name(below, directory)
+            return self.other_name(absolute_name(below.path), directory)
+        return backing_name(self.lowest, below, directory)
 
     def new_backing(self) -> Path | None:
         if self.group.below is None:
@@ -125,9 +118,7 @@ class _Builder:
     def point_to(self, image: Path, name: str | None) -> None:
         """Write a header: `image` backs on `name` from now on; made durable."""
         argv = rebase_unsafe_argv(image, self.t.format, name, self.backing_format())
-        below = (
-            None if self.group.below is None else absolute_name(self.layers[self.group.below].path)
-        )
+        below = self.new_backing()
         self.add(Command(tuple(argv), label=f"re-point {image.name}", writes=(image,)), Sync(image))
         self.add(Confirm(image, below, self.backing_format()))
 
@@ -223,9 +214,7 @@ class _Builder:
         if self.options.verify == "none":
             return
         new = self.work / "image" if self.pulls else self.t_path
-        below = (
-            None if self.group.below is None else absolute_name(self.layers[self.group.below].path)
-        )
+        below = self.new_backing()
         moved = self.candidate.traffic.commit_bytes + self.candidate.traffic.pull_bytes
         if self.options.verify == "full":
             moved = self.j.size

@@ -12,13 +12,8 @@ from pathlib import Path
 from qchain.chain.layer import Layer
 from qchain.chain.scan import WORK_PREFIX
 from qchain.plan.candidates import Candidate
-from qchain.plan.commands import (
-    convert_argv,
-    creation_options,
-    rebase_plain_argv,
-    rebase_unsafe_argv,
-)
-from qchain.plan.names import absolute_name, relative_name, saved_name
+from qchain.plan.copying import copy_argvs
+from qchain.plan.names import absolute_name, backing_name, saved_name
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
 from qchain.plan.sequence import Above, lead
@@ -60,12 +55,9 @@ def copy_sequence(
     below = None if group.below is None else layers[group.below]
     below_path = None if below is None else absolute_name(below.path)
     steps: list[Step] = [MakeDirectory(work)]
-    steps += _filled(layers, group, candidate, image)
-    name = _final_name(layers, group, final)
-    if below is not None and name != str(below_path):
-        # As it is to be named from where the file will lie; nobody reads the file here.
-        argv = rebase_unsafe_argv(image, kept.format, name, below.format)
-        steps.append(Command(tuple(argv), label=f"re-point {image.name}", writes=(image,)))
+    lowest = layers[group.members[-1]]
+    name = None if below is None else backing_name(lowest, below, final.parent)
+    steps += _filled(layers, group, candidate, image, name)
     below_format = None if below is None else below.format
     steps += [Sync(image), Sync(work), Adopt(image)]
     steps.append(Confirm(image, below_path, below_format, final))
@@ -93,36 +85,19 @@ def copy_sequence(
     return steps, final
 
 
-def _filled(layers: Sequence[Layer], group: Group, candidate: Candidate, image: Path) -> list[Step]:
-    """The commands that give the new file its content."""
-    kept = layers[group.kept]
-    source, how = absolute_name(kept.path), creation_options(kept.header)
-    label = f"copy {kept.path.name}"
-    copied = candidate.traffic.copy_bytes
-    if group.below is None:
-        argv = convert_argv(source, kept.format, image, how)
-        return [Command(tuple(argv), weight=copied, label=label, writes=(image,))]
-    next_below, below = layers[group.line[1]], layers[group.below]
-    # convert copies what the kept image itself allocates, whatever -B says (measured).
-    argv = convert_argv(
-        source, kept.format, image, how, absolute_name(next_below.path), next_below.format
-    )
-    steps: list[Step] = [Command(tuple(argv), weight=copied, label=label, writes=(image,))]
-    pull = rebase_plain_argv(image, kept.format, absolute_name(below.path), below.format)
-    weight = candidate.traffic.pull_bytes
-    steps.append(Command(tuple(pull), weight=weight, label="pull into the copy", writes=(image,)))
-    return steps
-
-
-def _final_name(layers: Sequence[Layer], group: Group, final: Path) -> str | None:
-    """How the result names its new backing: as the lowest image of the group did."""
-    lowest = layers[group.members[-1]]
-    if group.below is None or lowest.backing is None:
-        return None
-    below = absolute_name(layers[group.below].path)
-    recorded = lowest.backing.name
-    if recorded.startswith("/"):
-        return str(below)
-    if absolute_name(lowest.path).parent == final.parent:
-        return recorded
-    return relative_name(below, final.parent)
+def _filled(
+    layers: Sequence[Layer], group: Group, candidate: Candidate, image: Path, name: str | None
+) -> list[Step]:
+    """The commands that give the new file its content, and its backing file the last name."""
+    kept, traffic = layers[group.kept], candidate.traffic
+    below = None if group.below is None else layers[group.below]
+    told = [
+        (f"copy {kept.path.name}", traffic.copy_bytes),
+        ("pull into the copy", traffic.pull_bytes),
+        (f"re-point {image.name}", 0),
+    ]
+    argvs = copy_argvs(kept, layers[group.line[1]], below, image, name)
+    return [
+        Command(tuple(argv), weight=weight, label=label, writes=(image,))
+        for argv, (label, weight) in zip(argvs, told, strict=False)
+    ]

@@ -93,10 +93,6 @@ class MapTables:
             return self.clusters
         return max(first, int(self._used[at]) * self.per_table)
 
-    def any_table(self, first: int, last: int) -> bool:
-        """Whether any of the clusters first..last-1 has an L2 table."""
-        return bool(self.l1[first // self.per_table : -(-last // self.per_table)].any())
-
     def raw_entries(self, first: int, last: int, *, scratch: bool = False) -> U64 | None:
         """Entries of guest clusters first..last-1 as read: big-endian words.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +20,8 @@ from qchain.chain.ownership import ownership
 from qchain.chain.scan import WORK_PREFIX, unfinished_of
 from qchain.errors import FailedMidway, QchainError, Refused, UsageError
 from qchain.hostfile import HostFile
-from qchain.plan.commands import (
-    convert_argv,
-    creation_options,
-    rebase_plain_argv,
-    rebase_unsafe_argv,
-)
+from qchain.plan.copying import copy_argvs
+from qchain.plan.names import backing_name
 from qchain.plan.naming import room
 from qchain.qcow2.header import read_header
 from qchain.run.attributes import take_attributes
@@ -59,29 +54,16 @@ class Copy:
     backing: str | None
     most: int
 
-    @property
-    def above(self) -> Sequence[Layer]:
-        """What the copy holds: the layers above the base."""
-        return self.chain.layers[: self.base]
-
     def commands(self, out: Path | None = None) -> list[list[str]]:
         """qemu-img's command lines; `out`: the file instead of the destination."""
-        out, layers = out or self.destination, self.chain.layers
-        active, how = layers[0], creation_options(layers[0].header)
-        source = os.path.abspath(active.path)
-        if self.base is None:
-            return [convert_argv(source, active.format, out, how)]
-        below, base = layers[1], layers[self.base]
-        name = os.path.abspath(below.path)
-        argvs = [convert_argv(source, active.format, out, how, name, below.format)]
-        if self.base > 1:
-            # convert copies what the active image itself allocates, whatever -B says.
-            argvs.append(
-                rebase_plain_argv(out, active.format, os.path.abspath(base.path), base.format)
-            )
-        if self.backing != os.path.abspath(base.path if self.base > 1 else below.path):
-            argvs.append(rebase_unsafe_argv(out, active.format, self.backing, base.format))
-        return argvs
+        layers, base = self.chain.layers, self.base
+        return copy_argvs(
+            layers[0],
+            layers[1] if len(layers) > 1 else None,
+            None if base is None else layers[base],
+            out or self.destination,
+            self.backing,
+        )
 
 
 def planned_copy(chain: Chain, destination: Path, base: int | None) -> Copy:
@@ -110,7 +92,10 @@ def planned_copy(chain: Chain, destination: Path, base: int | None) -> Copy:
             raise Refused(layer.path, why, "use qemu-img by hand")
         if layer.header is not None and layer.header.has_data_file:
             raise Refused(layer.path, "has an external data file", "use qemu-img by hand")
-    backing = None if base is None else _backing_name(chain, base, destination)
+    backing = None
+    if base is not None:
+        overlay, below = chain.layers[base - 1 : base + 1]
+        backing = backing_name(overlay, below, destination.parent)
     header = active.header
     if header is not None and backing is not None and len(os.fsencode(backing)) > room(header):
         raise Refused(
@@ -124,15 +109,6 @@ def planned_copy(chain: Chain, destination: Path, base: int | None) -> Copy:
             destination, f"the copy needs up to {most} bytes there and {free} are free", "make room"
         )
     return Copy(chain, destination, base, backing, most)
-
-
-def _backing_name(chain: Chain, base: int, destination: Path) -> str:
-    """As the chain names it: relative stays relative, seen from the destination."""
-    recorded = chain.layers[base - 1].backing
-    path = os.path.abspath(chain.layers[base].path)
-    if recorded is None or recorded.name.startswith("/"):
-        return path
-    return os.path.relpath(os.path.realpath(path), os.path.realpath(destination.parent))
 
 
 def copy_point(

@@ -23,10 +23,7 @@ __all__ = [
     "fsync_directory",
     "fsync_file",
     "fsync_open",
-    "link_durably",
-    "make_directory_durably",
     "rename_durably",
-    "symlink_durably",
     "unlink_durably",
     "write_durably",
 ]
@@ -71,27 +68,6 @@ def unlink_durably(path: Path) -> None:
     """Remove a name that may be gone already (a repeated step); flush the directory."""
     with _told(path, "remove"):
         path.unlink(missing_ok=True)
-    fsync_directory(path.parent)
-
-
-def link_durably(path: Path, target: Path) -> None:
-    """Give the file `target` the further name `path`."""
-    with _told(path, "link"):
-        path.hardlink_to(target)
-    fsync_directory(path.parent)
-
-
-def symlink_durably(path: Path, target: Path) -> None:
-    """Make `path` lead to `target`."""
-    with _told(path, "link"):
-        path.symlink_to(target)
-    fsync_directory(path.parent)
-
-
-def make_directory_durably(path: Path, mode: int = 0o700) -> None:
-    """Make the directory `path`; it must not exist."""
-    with _told(path, "make"):
-        path.mkdir(mode)
     fsync_directory(path.parent)
 
 

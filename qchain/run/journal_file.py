@@ -25,6 +25,7 @@ from qchain.run.fields import index, listed, number, one_of, path_of, text
 from qchain.run.identity import FileState
 from qchain.run.journal import FORMAT, GroupRecord, Journal, LayerRecord
 from qchain.run.lawful import require_lawful
+from qchain.run.private import require_ours
 
 __all__ = ["find_journals", "layer_of", "read_journal", "unwritten"]
 
@@ -121,18 +122,7 @@ def _believed(path: Path) -> bytes:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise Refused(path, "is no regular file", "look who put it there")
-        if status.st_uid not in (os.geteuid(), 0):
-            raise Refused(
-                path,
-                f"belongs to another user (id {status.st_uid}), who could make it do anything",
-                "recover as that user, or look at it and remove it",
-            )
-        if status.st_mode & 0o022:
-            raise Refused(
-                path,
-                "others than its owner can write to it and could make it do anything",
-                "look at it; if it is right, 'chmod 600' it",
-            )
+        require_ours(path, status)
         if status.st_size > _LIMIT:
             raise ImageError(path, f"is longer than {_LIMIT} bytes", _BROKEN)
         return file.read(_LIMIT)

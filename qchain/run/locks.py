@@ -27,8 +27,6 @@ from qchain.errors import Refused
 
 __all__ = [
     "LockState",
-    "hand_over_commit",
-    "hand_over_rebase",
     "hold_reader",
     "hold_writer",
     "holder_name",
@@ -109,19 +107,6 @@ def keep_unshared(fd: int) -> None:
     lock' (measured with 7.2).
     """
     _set(fd, fcntl.F_UNLCK, (_HAS + p for p in _ALL))
-
-
-def hand_over_rebase(top: int) -> None:
-    """Make room for `rebase` of `top`; reader's locks on all below may stay."""
-    release(top)
-
-
-def hand_over_commit(top: int, intermediates: Iterable[int], base: int) -> None:
-    """Make room for `commit`: it opens `base` and, in passing, `top` for writing."""
-    for fd in intermediates:
-        keep_unshared(fd)
-    release(top)
-    release(base)
 
 
 def holder_name(fd: int) -> str | None:

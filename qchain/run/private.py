@@ -11,9 +11,9 @@ import os
 import stat
 from pathlib import Path
 
-from qchain.errors import FailedMidway
+from qchain.errors import FailedMidway, Refused
 
-__all__ = ["make_private", "open_private"]
+__all__ = ["make_private", "open_private", "require_ours"]
 
 
 def make_private(path: Path) -> None:
@@ -28,6 +28,25 @@ def make_private(path: Path) -> None:
         ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
         if not ours or status.st_mode & 0o077:
             raise FailedMidway(path, "exists already, and was not made by this merge") from None
+
+
+def require_ours(path: Path, status: os.stat_result) -> None:
+    """What a file with this status says may be done: only we, or root, can have written it.
+
+    Raises: `Refused`.
+    """
+    if status.st_uid not in (os.geteuid(), 0):
+        raise Refused(
+            path,
+            f"belongs to another user (id {status.st_uid}), who could make it do anything",
+            "do it as that user, or look at it and remove it",
+        )
+    if status.st_mode & 0o022:
+        raise Refused(
+            path,
+            "others than its owner can write to it and could make it do anything",
+            "look at it; if it is right, 'chmod 600' it",
+        )
 
 
 def open_private(path: Path) -> int:

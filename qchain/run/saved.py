@@ -32,10 +32,11 @@ from qchain.chain.scan import WORK_PREFIX
 from qchain.errors import ImageError, QchainError, Refused
 from qchain.plan.options import MergeOptions
 from qchain.plan.plan import Plan
-from qchain.plan.selection import Request, find_layer
+from qchain.plan.selection import Request, find_layers
 from qchain.run.fields import flag, index, listed, path_of, text
 from qchain.run.journal import LayerRecord, layer_json, record_of
 from qchain.run.journal_file import layer_of
+from qchain.run.private import require_ours
 
 __all__ = ["Saved", "read_saved", "saved_document"]
 
@@ -50,8 +51,8 @@ def saved_document(plan: Plan, program: str = "qemu-img") -> dict[str, object]:
     request = {
         "actives": list(plan.tree.actives),
         # A name counts from where the command was given: here all are whole.
-        "drop": [_path_of(name, plan.layers) for name in plan.request.drop],
-        "keep": [_path_of(name, plan.layers) for name in plan.request.keep],
+        "drop": _whole(plan.request.drop, plan.layers),
+        "keep": _whole(plan.request.keep, plan.layers),
         "flatten": plan.request.flatten,
         "collapse": plan.request.collapse,
     }
@@ -67,8 +68,8 @@ def saved_document(plan: Plan, program: str = "qemu-img") -> dict[str, object]:
     }
 
 
-def _path_of(name: str, layers: Sequence[Layer]) -> str:
-    return str(layers[find_layer(name, layers)].path.absolute())
+def _whole(names: Sequence[str], layers: Sequence[Layer]) -> list[str]:
+    return [str(layers[number].path.absolute()) for number in find_layers(names, layers)]
 
 
 def _stored(options: MergeOptions, name: str) -> object:
@@ -189,12 +190,7 @@ def _content(path: Path) -> bytes:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise _none(path, ": it is no regular file")
-        if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022:
-            raise Refused(
-                path,
-                "others than you could have written it, and made it a plan of theirs",
-                "look at it; if it is right, own it and 'chmod 600' it",
-            )
+        require_ours(path, status)
         if status.st_size > _LIMIT:
             raise _none(path, f": it is longer than {_LIMIT} bytes")
         with os.fdopen(fd, "rb", closefd=False) as file:
