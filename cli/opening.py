@@ -61,15 +61,7 @@ def open_for(path: Path, common: Common, gate: Gate | None = None) -> Chain:
 
     snapshot = common.snapshot if isinstance(common, Point) else None
     chain = open_chain(path, gate or common.gate(), common.format, snapshot)
-    try:
-        if not common.force_share:
-            for layer in chain.layers:
-                refuse_writer(layer.path, layer.file)
-                if layer.data is not layer.file:
-                    refuse_writer(layer.data.path, layer.data)
-    except BaseException:
-        chain.close()
-        raise
+    _unused(chain, common)
     if chain.missing is not None:
         note(_missing_text(chain.missing))
     return chain
@@ -84,14 +76,21 @@ def open_tree_for(paths: Sequence[Path], common: Common) -> ChainTree:
     from qchain.chain.chain_tree import open_tree
 
     tree = open_tree(paths, common.gate(), common.format)
+    _unused(tree, common)
+    return tree
+
+
+def _unused(opened: Chain | ChainTree, common: Common) -> None:
+    """Raise `Refused`, and close all, when a writer has one of the files and may not be ignored."""
     try:
         if not common.force_share:
-            for layer in tree.layers:
+            for layer in opened.layers:
                 refuse_writer(layer.path, layer.file)
+                if layer.data is not layer.file:
+                    refuse_writer(layer.data.path, layer.data)
     except BaseException:
-        tree.close()
+        opened.close()
         raise
-    return tree
 
 
 def _missing_text(path: Path) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from merging import Disk
 
-from qchain.chain.chain import open_chain
+from qchain.chain.chain import Chain, open_chain
+from qchain.chain.chain_tree import ChainTree
 from qchain.chain.gate import Gate
 from qchain.plan.options import MergeOptions
 from qchain.plan.plan import Plan, make_plan
@@ -18,10 +20,39 @@ from qchain.plan.steps import Command, Rename, Step, Unlink
 from qchain.run.execute import execute
 from qchain.run.recover import journals_at
 
-__all__ = ["LINES", "commit_began", "deleting", "renaming", "stopped", "the_journal"]
+__all__ = ["LINES", "commit_began", "deleting", "killed", "renaming", "stopped", "the_journal"]
 
 LINES = ["256k:A", "64k:- 64k:B 128k:-", "64k:C 192k:-"]
 """base, l1, l2; each shows something through."""
+
+
+def killed(plan: Plan, chain: Chain | ChainTree, when: Callable[[int, Step], bool]) -> bool:
+    """Carry out `plan` in a child that is killed before the first step for which `when` holds.
+
+    Returns: whether it came to that. That the child fails instead fails the test.
+    """
+    child = os.fork()
+    if child == 0:
+        seen, code = 0, 1
+
+        def look(step: Step) -> None:
+            nonlocal seen
+            if when(seen, step):
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen += 1
+
+        try:
+            execute(plan, chain, before_step=look)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return True
+    assert os.WEXITSTATUS(status) == 0, "it failed"
+    return False
 
 
 def stopped(
@@ -35,22 +66,7 @@ def stopped(
     with open_chain(disk.active, gate) as chain:
         plan = make_plan(chain, Request(drop=tuple(drop)), options)
         assert not plan.refusals, plan.refusals
-        child = os.fork()
-        if child == 0:
-            seen = 0
-
-            def look(step: Step) -> None:
-                nonlocal seen
-                if when(seen, step):
-                    os.kill(os.getpid(), signal.SIGKILL)
-                seen += 1
-
-            try:
-                execute(plan, chain, before_step=look)
-            finally:
-                os._exit(0)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status), "it came to its end"
+        assert killed(plan, chain, when), "it came to its end"
     return plan
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from cli_runner import run
 from merging import Disk, build, format_of
+from stopping import killed
 from test_cli_rebase import LINES, NAMES, contents, copy_of, differing, led
 from test_merge_killed import CALLS, WRAPPER, cannot_trace, in_a_child
 
@@ -68,21 +68,7 @@ def stopped(image: Path, other: Path, when: Callable[[int, Step], bool]) -> Reba
     with tree:
         rebase = plan_rebase(tree, place, allow_copy=True)
         assert rebase.plan.steps, rebase.plan.refusals
-        child = os.fork()
-        if child == 0:
-            seen = 0
-
-            def look(step: Step) -> None:
-                nonlocal seen
-                if when(seen, step):
-                    os.kill(os.getpid(), signal.SIGKILL)
-                seen += 1
-
-            try:
-                execute(rebase.plan, tree, before_step=look)
-            finally:
-                os._exit(0)
-        os.waitpid(child, 0)
+        killed(rebase.plan, tree, when)
     return rebase
 
 

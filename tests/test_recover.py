@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 
 import pytest
 from merging import Disk, build
+from stopping import killed
 
 from fixtures.oracle import raw_of
 from qchain.chain.chain import open_chain
@@ -15,8 +15,6 @@ from qchain.errors import Refused
 from qchain.plan.options import MergeOptions
 from qchain.plan.plan import Plan, make_plan
 from qchain.plan.selection import Request
-from qchain.plan.steps import Step
-from qchain.run.execute import execute
 from qchain.run.recover import journals_at, recover
 
 LINES = [
@@ -44,21 +42,7 @@ def killed_before(disk: Disk, drop: tuple[str, ...], options: MergeOptions, numb
     with open_chain(disk.active) as chain:
         plan = make_plan(chain, Request(drop=drop), options)
         assert not plan.refusals
-        child = os.fork()
-        if child == 0:
-            seen = 0
-
-            def count(_step: Step) -> None:
-                nonlocal seen
-                if seen == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                seen += 1
-
-            try:
-                execute(plan, chain, before_step=count)
-            finally:
-                os._exit(0)
-        os.waitpid(child, 0)
+        killed(plan, chain, lambda at, _step: at == number)
     return plan
 
 

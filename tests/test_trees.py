@@ -7,7 +7,6 @@ import itertools
 import math
 import os
 import random
-import signal
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from cli_runner import run
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from merging import Disk
+from stopping import killed
 
 from fixtures.build import build_tree
 from fixtures.generate import trees
@@ -253,21 +253,7 @@ def killed_before(disk: Disk, tops: list[Path], options: MergeOptions, number: i
     with open_tree(tops) as tree:
         plan = make_plan(tree, Request(drop=("low.qcow2", "shared.qcow2")), options)
         assert not plan.refusals, plan.refusals
-        child = os.fork()
-        if child == 0:
-            left = number
-
-            def look(_step: object) -> None:
-                nonlocal left
-                if not left:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                left -= 1
-
-            try:
-                execute(plan, tree, before_step=look)
-            finally:
-                os._exit(0)
-        os.waitpid(child, 0)
+        killed(plan, tree, lambda at, _step: at == number)
     return plan
 
 
