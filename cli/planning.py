@@ -255,7 +255,7 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
         lines.append(
             ("deletes", ", ".join(gone if len(gone) <= _SHOWN else [f"{len(gone)} files"]))
         )
-    if result != kept:
+    if result != kept and not plan.options.keep_files:
         lines.append(("renames", f"{kept} goes; what used it is to use {result}"))
     if plan.options.keep_files and group.result is not None:
         # Its content is in the result; by itself it may miss a backing file.

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from cli_runner import COMMAND, command, on_terminal, run
 from merging import Disk, build
+from qchain_cli.tables import size_text
+
+from fixtures.oracle import raw_of
 
 LAYERS = ["512k:A 512k:-", "64k:- 256k:B 704k:-", "[cluster=4k] 4k:C 1020k:-", "128k:D 896k:-"]
 CANDIDATE = {
@@ -349,3 +352,25 @@ def test_interrupted_while_it_takes_the_locks(disk: Disk, monkeypatch: pytest.Mo
     line = run("merge", "--yes", *DROP, disk.active).fails(130)
     assert line == "qchain: interrupted: nothing was changed"
     untouched(disk)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_which_name_goes_is_said_before(disk: Disk, keep: bool) -> None:
+    """And true: of the names that the plan speaks of."""
+    words = [disk.active, "--flatten", "--names", "lowest", *(["--keep-files"] if keep else [])]
+    shown = run("plan", *words).out
+    lowest, live = disk.paths[0].name, disk.active.name
+    assert (f"{live} goes; what used it is to use {lowest}" in shown) is not keep
+    assert (".qchain-old" in shown) is keep
+    assert run("merge", *words, "--yes").code == 0
+    assert disk.active.exists() is keep
+    assert raw_of(disk.paths[0]) == disk.points[live]
+
+
+def test_what_several_groups_take_is_added_up(disk: Disk) -> None:
+    words = [disk.active, *(f"--drop={path.name}" for path in disk.paths[:-1:2])]
+    groups = run("plan", *words, "--json").json["groups"]
+    assert len(groups) == 2
+    grown = [c["target_growth_bytes"] for g in groups for c in g["candidates"]
+             if c["feasible"] and c["target"] == g["target"]]  # fmt: skip
+    assert f"files grow by {size_text(sum(grown))}," in run("plan", *words).out

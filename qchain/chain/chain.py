@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qchain.chain.gate import Gate, Places
-from qchain.chain.layer import Layer, Qcow2Layer, RawLayer
+from qchain.chain.layer import Layer, Qcow2Layer, RawLayer, close_layers
 from qchain.chain.names import resolve_backing, resolve_name
 from qchain.errors import ImageError, NotAllowed, QchainError, Unsupported
 from qchain.hostfile import FileId, HostFile
@@ -50,9 +50,7 @@ class Chain:
         return self.layers[0]
 
     def close(self) -> None:
-        for layer in self.layers:
-            layer.data.close()
-            layer.file.close()
+        close_layers(self.layers)
 
     def __enter__(self) -> Chain:
         return self

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qchain.chain.chain import Chain, open_chain
 from qchain.chain.gate import Gate
-from qchain.chain.layer import Layer
+from qchain.chain.layer import Layer, close_layers
 from qchain.chain.scan import identity
 from qchain.errors import ImageError, UsageError
 from qchain.hostfile import FileId
@@ -62,9 +62,7 @@ class ChainTree:
         return order[::-1]
 
     def close(self) -> None:
-        for layer in self.layers:
-            layer.data.close()
-            layer.file.close()
+        close_layers(self.layers)
 
     def __enter__(self) -> ChainTree:
         return self
@@ -178,9 +176,7 @@ class _Growing:
         return ChainTree(tuple(self.layers), tuple(self.below), tuple(actives))
 
     def close(self) -> None:
-        for layer in self.layers:
-            layer.data.close()
-            layer.file.close()
+        close_layers(self.layers)
 
 
 def _require_agreement(known: Layer, layer: Layer) -> None:

@@ -8,6 +8,7 @@ at its own granularity; nothing is ever held for the whole disk.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -34,7 +35,7 @@ from qchain.qcow2.tables import MapTables
 if TYPE_CHECKING:
     from qchain.qcow2.luks import LuksCipher
 
-__all__ = ["Backing", "Cells", "Layer", "Masks", "Qcow2Layer", "RawLayer"]
+__all__ = ["Backing", "Cells", "Layer", "Masks", "Qcow2Layer", "RawLayer", "close_layers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,13 @@ class Layer(Protocol):
         What lies beyond the file's end is zeroes, as in qemu (before decrypting).
         """
         ...
+
+
+def close_layers(layers: Iterable[Layer]) -> None:
+    """Close the files of the layers; closing twice is fine."""
+    for layer in layers:
+        layer.data.close()
+        layer.file.close()
 
 
 def _read_whole(file: HostFile, view: memoryview, offset: int) -> bool:

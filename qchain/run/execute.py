@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qchain.chain.chain import Chain
 from qchain.chain.chain_tree import ChainTree, tree_of
-from qchain.chain.layer import Layer
+from qchain.chain.layer import Layer, close_layers
 from qchain.errors import FailedMidway, QchainError, Refused
 from qchain.plan.plan import Plan
 from qchain.plan.refusals import overlay_refusals, unfinished_refusals
@@ -111,9 +111,7 @@ def _let_go(locks: ChainLocks) -> None:
         layer for layer in locks.layers if layer.file.fd < 0 or not os.fstat(layer.file.fd).st_nlink
     ]
     locks.layers = [layer for layer in locks.layers if layer not in gone]
-    for layer in gone:
-        layer.data.close()
-        layer.file.close()
+    close_layers(gone)
 
 
 def _commits_to(step: Step, run: GroupRun) -> set[type[Step]]:

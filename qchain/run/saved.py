@@ -10,8 +10,8 @@ The plan's own JSON, and beside it
 `files`: all of the tree, each as a journal describes it. The file is not trusted: no step
 is ever taken from it. The plan is made again from request and options, the images being
 opened through the caller's gate; it is done only if every file is the one that the plan was
-made for, and if the plan comes out the same. Who writes to the file gets a merge of images
-that the caller may write to, which is shown before it is done, and no more.
+made for, and if the plan comes out the same. It must belong to the caller or to root, and
+nobody else may be able to write to it: with `--yes` nobody looks at it again.
 """
 
 from __future__ import annotations
