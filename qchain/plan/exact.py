@@ -19,7 +19,7 @@ from qchain.plan.pieces import piece_starts, table_span
 from qchain.plan.versions import Behaviour
 from qchain.plan.walk import Ranges, cover, ranges_of, walk
 from qchain.verify.compare import differing
-from qchain.verify.pairing import pairs_in
+from qchain.verify.pairing import pairs_in, united
 
 __all__ = ["LONG", "REACH", "Pull", "Pulled", "Window", "differences", "looked_at"]
 
@@ -58,7 +58,7 @@ def differences(
     if not len(wanted):
         return wanted
     chain = [*group, *under]
-    pairs = pairs_in(chain, under, start, end, np.union1d(wanted.start, wanted.end))
+    pairs = pairs_in(chain, under, start, end, united(wanted.start, wanted.end))
     at = np.searchsorted(wanted.start, pairs.a.start, "right") - 1
     inside = (at >= 0) & (wanted.end[at] > pairs.a.start)
     inside &= (pairs.a.depth > 0) & (pairs.a.depth < len(group))

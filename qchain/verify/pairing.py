@@ -18,7 +18,7 @@ from qchain.chain.resolve import Runs, runs, windows
 from qchain.hostfile import FileId
 from qchain.qcow2.entries import NO_HOST, Kind
 
-__all__ = ["Pairs", "pair_up", "pairs_in"]
+__all__ = ["Pairs", "pair_up", "pairs_in", "united"]
 
 _CELLS = 1 << 15
 """Of a window: small, so that reading can begin while the next one is paired."""
@@ -65,7 +65,7 @@ def _split(table: Runs, starts: npt.NDArray[np.int64], end: int) -> Runs:
     return Runs(starts, lengths, table.depth[index], table.kind[index], table.host[index] + shift)
 
 
-def _union(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def united(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """As `np.union1d`, which would load all of numpy.ma: a tenth of a small command's time."""
     both = np.concatenate([a, b])
     both.sort()
@@ -117,9 +117,9 @@ def pairs_in(
     file_a, file_b = _files(a, b)
     left = _side(a, start, end)
     right = _side(b, start, end) if b else _nothing(start, end)
-    starts = _union(left.start, right.start)
+    starts = united(left.start, right.start)
     if cuts is not None:
-        starts = _union(starts, cuts[(cuts > start) & (cuts < end)])
+        starts = united(starts, cuts[(cuts > start) & (cuts < end)])
     left, right = _split(left, starts, end), _split(right, starts, end)
     zero = _reads_zero(left.kind) & _reads_zero(right.kind)
     same = (left.host == right.host) & (left.kind == right.kind)
