@@ -81,7 +81,8 @@ def run_group(
             if before_step is not None:
                 before_step(step)
             if _commits_to(step, run) - looked:
-                refuse_overlays(journal, index)
+                # Of all that this run has changed: what backs on it may have come meanwhile.
+                refuse_overlays(journal, first)
                 looked |= _commits_to(step, run)
             run.perform(step)
             if isinstance(step, Sync) and journal.unsettled:
