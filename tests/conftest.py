@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from libvirtd import Daemon
 
 STRICT = bool(os.environ.get("QCHAIN_NO_SKIP") or os.environ.get("CI"))
 
@@ -56,3 +60,11 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     report = yield
     _fail_if_skipped(report)
     return report
+
+
+@pytest.fixture(scope="session")
+def libvirtd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A libvirt for the tests of this worker alone."""
+    from libvirtd import daemon_in
+
+    yield from daemon_in(tmp_path_factory.mktemp("libvirt"))
