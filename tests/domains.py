@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from libvirtd import Guest
 
 from fixtures.oracle import qemu_check, qemu_info
 
-__all__ = ["Before", "backing_chain", "goes_on", "judge"]
+__all__ = ["Before", "backing_chain", "dying", "goes_on", "judge", "stands"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,46 @@ def goes_on(guest: Guest, name: str = "after") -> None:
     guest.handle.snapshotLookupByName(name).delete(0)
     for target in guest.targets:
         assert guest.read(guest.live(target)) == live[target]
+
+
+def stands(guest: Guest, before: Before, gone: set[str]) -> None:
+    """At any moment: the guest reads right, records name files, surviving states are as taken."""
+    for target in guest.targets:
+        live = guest.live(target)
+        assert guest.read(live) == guest.points["live", target]
+        for name in guest.names():
+            record = guest.record(name)
+            state, overlay = guest.source(record, target), guest.overlay(record, target)
+            assert Path(state).exists() and Path(overlay).exists(), name
+            if name not in gone:
+                assert guest.read(Path(state)) == guest.points[name, target], name
+    assert set(before.records) - gone <= set(guest.names())
+
+
+def dying(work: Callable[[Callable[[str], None]], None], number: int) -> bool:
+    """Do `work` in a child that is killed before its change `number`; whether it came to that."""
+    child = os.fork()
+    if child == 0:
+        seen, code = 0, 1
+
+        def look(_: str) -> None:
+            nonlocal seen
+            if seen == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen += 1
+
+        try:
+            work(look)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return True
+    assert os.WEXITSTATUS(status) == 0, "it failed"
+    return False
 
 
 def qemu_img(*words: str | Path) -> None:

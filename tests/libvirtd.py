@@ -178,6 +178,19 @@ class Guest:
         self.connection.close()
         shutil.rmtree(self.directory)
 
+    def rewind(self, saved: Path, definition: str, records: Sequence[str], current: str) -> None:
+        """Files and records as they were: `records` parents first, files from `saved`."""
+        flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE
+        for each in self.handle.listAllSnapshots(0):
+            each.delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
+        shutil.rmtree(self.directory)
+        shutil.copytree(saved, self.directory)
+        self.handle = self.connection.defineXML(definition)
+        for record in records:
+            is_current = f"<name>{current}</name>" in record.split("<parent>")[0]
+            more = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT if is_current else 0
+            self.handle.snapshotCreateXML(record, flags | more)
+
     # --- asking ---------------------------------------------------------------------
 
     def xml(self) -> str:
