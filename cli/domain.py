@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from .domainchange import delete_snapshot
+from .domainbranch import revert, snapshot
+from .domainchange import delete_snapshot, flatten
 from .domainread import list_, show
 
 __all__ = ["app"]
@@ -16,4 +17,7 @@ app = typer.Typer(
 )
 app.command("list")(list_)
 app.command("show")(show)
+app.command("snapshot")(snapshot)
 app.command("delete-snapshot")(delete_snapshot)
+app.command("revert")(revert)
+app.command("flatten")(flatten)

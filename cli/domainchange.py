@@ -1,4 +1,4 @@
-"""`qchain domain delete-snapshot`: files and records change together, or not at all."""
+"""`qchain domain delete-snapshot` and `flatten`: files and records change together."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from .output import done_already, note, write, write_json
 
 if TYPE_CHECKING:
     from qchain.domains.delete import Deletion
+    from qchain.domains.inventory import Inventory
     from qchain.run.execute import MergeResult
 
-__all__ = ["Also", "Discard", "Prefer", "Strategy", "Yes", "ask", "delete_snapshot", "deleted"]
+__all__ = ["Also", "Discard", "Prefer", "Strategy", "Yes", "ask", "delete_snapshot", "flatten"]
 
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Strategy = Annotated[
@@ -55,7 +56,7 @@ def delete_snapshot(
 ) -> None:
     """Delete external snapshots of a shut-off guest: every other one reads as before."""
     words = f"delete {', '.join(names)}"
-    deleted(
+    _deleted(
         domain,
         tuple(names),
         merging,
@@ -69,7 +70,45 @@ def delete_snapshot(
     )
 
 
-def deleted(
+@command
+def flatten(
+    domain: Annotated[str, typer.Argument(metavar="DOM", help="Its name or UUID.")],
+    merging: Carrying,
+    common: Common,
+    connect: Connect = DEFAULT,
+    disk: Annotated[
+        str | None, typer.Option("--disk", metavar="DEV", help="Only this disk (as vda).")
+    ] = None,
+    strategy: Strategy = "auto",
+    prefer: Prefer = "time",
+    also: Also = None,
+    discard: Discard = False,
+    yes: Yes = False,
+) -> None:
+    """Forget all snapshots: the live images alone are left, over what was below the first."""
+    how = (strategy, prefer)
+    _deleted(domain, None, merging, common, connect, how, also, discard, yes, "flatten", disk)
+
+
+def _all_of(inventory: Inventory, disk: str | None) -> tuple[str, ...]:
+    """The names of all snapshots. Raises `UsageError`, `Refused` where `disk` is not possible."""
+    if disk is None:
+        return tuple(inventory.snapshots)
+    if disk not in inventory.disks:
+        known = ", ".join(inventory.disks) or "none"
+        raise UsageError(disk, f"is no disk of {inventory.name}", f"its disks are: {known}")
+    for snapshot in inventory.snapshots.values():
+        for other in inventory.disks:
+            if other != disk and snapshot.keeps(other) is not None:
+                raise Refused(
+                    f"--disk {disk}",
+                    f"snapshot {snapshot.name} holds {other} too, and would be torn in two",
+                    "flatten all disks together: leave --disk out",
+                )
+    return tuple(inventory.snapshots)
+
+
+def _deleted(
     domain: str,
     names: tuple[str, ...] | None,
     merging: Carrying,
@@ -80,6 +119,7 @@ def deleted(
     discard: bool,
     yes: bool,
     words: str,
+    disk: str | None = None,
 ) -> None:
     """Plan the deletion of snapshots (None: of all), show it, ask, do it, tell the outcome."""
     from qchain.domains.connection import Host
@@ -96,7 +136,10 @@ def deleted(
     with Host(connect) as host:
         inventory = look(host, domain)
         if names is None:
-            names = tuple(inventory.snapshots)
+            names = _all_of(inventory, disk)
+            if not names:
+                _nothing(inventory.name, common)
+                return
         wishes = Wishes(names, options, common.gate(), tuple(also or ()), discard)
         with (
             common.reporter() as reporter,
@@ -126,6 +169,13 @@ def ask(what: str, yes: bool, question: str, lines: str = "") -> None:
     sys.stderr.flush()
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise Refused(what, "not confirmed", "nothing was changed")
+
+
+def _nothing(name: str, common: Common) -> None:
+    if common.json:
+        write_json({"domain": name, "deleted_snapshots": [], "deleted_files": [], "refusals": []})
+    else:
+        write(printable(f"{name}: has no snapshots, nothing to do") + "\n")
 
 
 def _document(deletion: Deletion) -> dict[str, Any]:

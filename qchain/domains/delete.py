@@ -130,6 +130,7 @@ def planned_deletion(
         drop=tuple(_path(disk, name) for disk in disks for name in disk.drop),
         gone=tuple(_gone(disk, name) for disk in disks for name in disk.gone),
         options=options,
+        allow=tuple(sorted({place for disk in disks for place in disk.files.places()})),
         home=home,
     )
     changed = {real(str(path)) for path in (*job.drop, *(each.path for each in job.gone))}

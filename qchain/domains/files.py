@@ -70,6 +70,10 @@ class Files:
             at = self.images[at].below
         return out
 
+    def places(self) -> set[Path]:
+        """The directories of all images."""
+        return {Path(image.path).parent for image in self.images.values()}
+
     def tops(self) -> list[str]:
         """The images on which no other one backs."""
         below = {image.below for image in self.images.values()}

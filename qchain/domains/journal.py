@@ -7,11 +7,12 @@ before anything is changed and never changed itself, for all that it asks for ma
     {"qchain_domain": 1, "token", "uri", "name", "uuid", "words": what is done,
      "before": RECORDS, "after": RECORDS, "make": [{"path", "below", "format", "keep"}],
      "actives": [path], "drop": [path], "gone": [{"path", "device", "inode"}],
-     "options": {..}, "scan": [path], "home": inode}
+     "options": {..}, "scan": [path], "allow": [path], "home": inode}
     RECORDS: {"domain": xml, "snapshots": [[name, xml]], "current": name | null}
 
 Order: `make` (new overlays), then the records, then the merge that drops `drop` (its records
 are changed right before its first name is), then `gone` (files that nobody needs).
+`allow`: the directories of all its images.
 In other directories of its images lie pointers: {"qchain_domain": 1, "see": path}.
 It holds what the definition holds, passwords too: mode 0600, and believed only if it belongs
 to the caller or to root.
@@ -81,6 +82,7 @@ class Job:
     drop: tuple[Path, ...] = ()
     gone: tuple[Gone, ...] = ()
     options: MergeOptions = field(default_factory=MergeOptions)
+    allow: tuple[Path, ...] = ()
     home: Path = field(default_factory=Path)
 
     @property
@@ -145,6 +147,7 @@ class Job:
                 "bitmaps": options.bitmaps,
             },
             "scan": [str(path.absolute()) for path in options.scan],
+            "allow": [str(path) for path in self.allow],
             "home": self.home.stat().st_ino,
         }
 
@@ -246,6 +249,7 @@ def _job(path: Path, stored: dict[str, Any]) -> Job:
             for each in listed(stored["gone"])
         ),
         options=options,
+        allow=_paths(stored["allow"]),
         home=path.parent,
     )
 

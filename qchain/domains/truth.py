@@ -103,7 +103,10 @@ def _of_record(
     state = snapshot.keeps(target)
     overlay = snapshot.overlays[target]
     assert state is not None
-    if overlay.deleting:
+    mark = overlay.deleting
+    # A revert by libvirt 9.9 and later leaves <disks> as they were, and names its own here.
+    overlay = snapshot.reverted.get(target, overlay)
+    if mark:
         text = "a deletion by libvirt was stopped (snapshotDeleteInProgress)"
         out.append(Problem("deleting", target, name, text))
     there = real(state) in files.images
@@ -114,6 +117,9 @@ def _of_record(
         out += _format(files, target, name, snapshot.states[target].source)
     written = None if overlay.source is None else overlay.source.path
     if written is not None and real(written) not in files.images:
+        if not active:
+            # Of a branch that libvirt has left: it deletes that overlay.
+            return out
         text = f"its overlay {written} cannot be opened: {_why(files, written)}"
         out.append(Problem("missing-overlay", target, name, text))
     elif written is not None:
@@ -150,4 +156,6 @@ def _format(files: Files, target: str, name: str | None, source: Source) -> list
 
 def _why(files: Files, name: str) -> str:
     problem = files.problems.get(real(name))
-    return "it is not in the chain" if problem is None else problem.why
+    if problem is None:
+        return "it is not in the chain"
+    return f"{problem.why}; {problem.todo}" if problem.todo else problem.why

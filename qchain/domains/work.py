@@ -136,7 +136,7 @@ def _make(path: Path, below: Path, keep: bool, job: Job, tools: Tools) -> None:
 
 def _gate(job: Job) -> Gate:
     """What the job was planned with: the directories of its images."""
-    return Gate(allow=tuple(sorted({path.parent for path in job.files()})))
+    return Gate(allow=(*job.allow, *sorted({path.parent for path in job.files()})))
 
 
 # --- the merge ---------------------------------------------------------------------

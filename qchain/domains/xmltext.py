@@ -66,10 +66,10 @@ def text_at(node: Element | None, *names: str) -> str:
     return "".join(each.data for each in found.childNodes if isinstance(each, minidom.Text))
 
 
-def new_element(near: Element, name: str, **attributes: str) -> Element:
+def new_element(near: Element, tag: str, /, **attributes: str) -> Element:
     document = near.ownerDocument
     assert isinstance(document, Document)
-    made = document.createElement(name)
+    made = document.createElement(tag)
     for key, value in attributes.items():
         made.setAttribute(key, value)
     return made

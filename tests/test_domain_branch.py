@@ -1,0 +1,163 @@
+"""`qchain domain snapshot` and `revert`, and deletions where there are branches."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import libvirt
+import pytest
+from cli_runner import Result, run
+from domains import Before, backing_chain, goes_on, judge
+from libvirtd import Daemon, Guest
+
+
+@pytest.fixture
+def guest(libvirtd: Daemon, tmp_path: Path) -> Iterator[Guest]:
+    made = Guest.define(libvirtd, tmp_path / "images", "branched", ("vda", "vdb"))
+    yield made
+    made.remove()
+
+
+def domain(libvirtd: Daemon, *words: str) -> Result:
+    done = run("domain", *words, "-c", libvirtd.uri)
+    assert done.code == 0, done.err
+    return done
+
+
+def revert(libvirtd: Daemon, guest: Guest, name: str, *more: str) -> None:
+    domain(libvirtd, "revert", guest.name, name, "--yes", *more)
+    for target in guest.targets:
+        guest.points["live", target] = guest.points[name, target]
+
+
+def follows(guest: Guest) -> None:
+    """Current and its ancestors have the live chain's images as overlays; all else is there."""
+    at, names = guest.current(), set()
+    while at is not None:
+        names.add(at)
+        found = re.search(r"<parent>\s*<name>(.*?)</name>", guest.record(at))
+        at = None if found is None else found[1]
+    for target in guest.targets:
+        chain = backing_chain(guest.live(target))
+        assert guest.read(guest.live(target)) == guest.points["live", target]
+        for name in guest.names():
+            record = guest.record(name)
+            state = guest.source(record, target)
+            assert guest.read(Path(state)) == guest.points[name, target], name
+            if name in names:
+                assert guest.overlay(record, target) == chain[chain.index(state) - 1], name
+    # No snapshot that libvirt 9.9 would delete together with its state has a state still needed.
+    for name in guest.names():
+        leaf = not guest.handle.snapshotLookupByName(name).numChildren()
+        if leaf and name != guest.current():
+            for target in guest.targets:
+                state = guest.source(guest.record(name), target)
+                assert state not in backing_chain(guest.live(target))
+    listed = guest.connection.lookupByName(guest.name)
+    assert listed.isActive() == 0
+
+
+def test_there_and_back_again(libvirtd: Daemon, guest: Guest) -> None:
+    guest.grow("s1", "s2", "s3")
+    before = Before.of(guest)
+    revert(libvirtd, guest, "s1")
+    follows(guest)
+    assert guest.current() == "s1"
+    guest.grow("t1")
+    revert(libvirtd, guest, "s3")
+    follows(guest)
+    guest.write()
+    goes_on(guest)
+    revert(libvirtd, guest, "t1")
+    follows(guest)
+    assert set(guest.names()) == {"s1", "s2", "s3", "t1"}
+    for name in ("s2", "s3"):
+        old, new = before.records[name], guest.record(name)
+        assert old.split("<domain ")[1] == new.split("<domain ")[1]
+    guest.write()
+    for name in ("s2", "s1"):
+        domain(libvirtd, "delete-snapshot", guest.name, name, "--yes")
+        follows(guest)
+    goes_on(guest)
+
+
+def test_a_reverted_guest_is_defined_as_it_was(libvirtd: Daemon, guest: Guest) -> None:
+    guest.grow("s1")
+    definition = guest.xml()
+    more = definition.replace("<title>kept &amp; true</title>", "<title>later</title>")
+    guest.handle = guest.connection.defineXML(more)
+    old = [str(guest.live(target)) for target in guest.targets]
+    revert(libvirtd, guest, "s1")
+    now = guest.xml()
+    for target, name in zip(guest.targets, old, strict=True):
+        now = now.replace(str(guest.live(target)), name)
+    # Controllers come in another order when a definition is read once more.
+    assert sorted(now.split()) == sorted(definition.split())
+
+
+def test_discard_removes_the_abandoned_branch_only(libvirtd: Daemon, guest: Guest) -> None:
+    guest.grow("s1", "s2")
+    revert(libvirtd, guest, "s1", "--discard")
+    follows(guest)
+    names = {path.name for path in guest.directory.iterdir()}
+    assert names == {"cd.iso"} | {
+        f"{target}.{end}" for target in guest.targets for end in ("img", "s1", "revert-s1")
+    }
+    assert run("domain", "revert", guest.name, "s2", "-c", libvirtd.uri).code == 2
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["T1", "T15"])
+def test_a_snapshot_is_as_libvirt_would_take_it(libvirtd: Daemon, guest: Guest, keep: bool) -> None:
+    guest.grow("s1")
+    live = [str(guest.live(target)) for target in guest.targets]
+    for target in guest.targets:
+        guest.points["mine", target] = guest.points["live", target]
+    more = ["--keep-active-name"] if keep else []
+    domain(libvirtd, "snapshot", guest.name, "mine", "--description", "about mine", *more)
+    follows(guest)
+    assert guest.current() == "mine"
+    assert ([str(guest.live(target)) for target in guest.targets] == live) == keep
+    made = guest.record("mine")
+    goes_on(guest)
+    guest.write()
+    guest.snapshot("theirs")
+    theirs = guest.record("theirs")
+
+    def bare(record: str) -> list[str]:
+        # Controllers come in another order when a definition is read once more.
+        record = re.sub(r"<parent>.*?</parent>|<creationTime>.*?</creationTime>", "", record,
+                        flags=re.S)  # fmt: skip
+        record = re.sub(r"<source file='[^']*/vd[^']*'/>", "<source/>", record)
+        return sorted(record.replace("theirs", "mine").split())
+
+    assert bare(made) == bare(theirs)
+    before = Before.of(guest)
+    domain(libvirtd, "delete-snapshot", guest.name, "mine", "--yes")
+    judge(guest, before, {"mine"})
+
+
+def test_flatten_is_row_t18(libvirtd: Daemon, guest: Guest) -> None:
+    guest.grow("s1", "s2")
+    before = Before.of(guest)
+    line = run("domain", "flatten", guest.name, "--disk", "vda", "-c", libvirtd.uri).fails(3)
+    assert "torn" in line
+    domain(libvirtd, "flatten", guest.name, "--yes")
+    judge(guest, before, {"s1", "s2"})
+    assert guest.names() == [] and guest.current() is None
+    for target in guest.targets:
+        assert backing_chain(guest.live(target)) == [str(guest.live(target))]
+    goes_on(guest)
+
+
+def test_libvirts_own_delete_takes_the_live_branch(libvirtd: Daemon, guest: Guest) -> None:
+    """Trap 2: current is the snapshot whose overlay is live, after libvirt deleted one too."""
+    guest.grow("s1", "s2")
+    revert(libvirtd, guest, "s1")
+    guest.grow("t1")
+    guest.handle.snapshotLookupByName("t1").delete(0)
+    assert guest.current() == "s1"
+    follows(guest)
+    metadata = libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY
+    assert metadata and guest.names() == ["s1", "s2"]
