@@ -16,7 +16,7 @@ from libvirtd import Guest
 
 from fixtures.oracle import qemu_check, qemu_info
 
-__all__ = ["Before", "backing_chain", "dying", "goes_on", "judge", "stands"]
+__all__ = ["Before", "backing_chain", "dying", "follows", "goes_on", "judge", "stands"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,33 @@ def goes_on(guest: Guest, name: str = "after") -> None:
     guest.handle.snapshotLookupByName(name).delete(0)
     for target in guest.targets:
         assert guest.read(guest.live(target)) == live[target]
+
+
+def follows(guest: Guest) -> None:
+    """Current and its ancestors have the live chain's images as overlays; all else is there."""
+    at, names = guest.current(), set()
+    while at is not None:
+        names.add(at)
+        found = re.search(r"<parent>\s*<name>(.*?)</name>", guest.record(at))
+        at = None if found is None else found[1]
+    for target in guest.targets:
+        chain = backing_chain(guest.live(target))
+        assert guest.read(guest.live(target)) == guest.points["live", target]
+        for name in guest.names():
+            record = guest.record(name)
+            state = guest.source(record, target)
+            assert guest.read(Path(state)) == guest.points[name, target], name
+            if name in names:
+                assert guest.overlay(record, target) == chain[chain.index(state) - 1], name
+    # No snapshot that libvirt 9.9 would delete together with its state has a state still needed.
+    for name in guest.names():
+        leaf = not guest.handle.snapshotLookupByName(name).numChildren()
+        if leaf and name != guest.current():
+            for target in guest.targets:
+                state = guest.source(guest.record(name), target)
+                assert state not in backing_chain(guest.live(target))
+    listed = guest.connection.lookupByName(guest.name)
+    assert listed.isActive() == 0
 
 
 def stands(guest: Guest, before: Before, gone: set[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import libvirt
 import pytest
 from cli_runner import Result, run
-from domains import Before, backing_chain, goes_on, judge
+from domains import Before, backing_chain, follows, goes_on, judge
 from libvirtd import Daemon, Guest
 
 
@@ -30,33 +32,6 @@ def revert(libvirtd: Daemon, guest: Guest, name: str, *more: str) -> None:
     domain(libvirtd, "revert", guest.name, name, "--yes", *more)
     for target in guest.targets:
         guest.points["live", target] = guest.points[name, target]
-
-
-def follows(guest: Guest) -> None:
-    """Current and its ancestors have the live chain's images as overlays; all else is there."""
-    at, names = guest.current(), set()
-    while at is not None:
-        names.add(at)
-        found = re.search(r"<parent>\s*<name>(.*?)</name>", guest.record(at))
-        at = None if found is None else found[1]
-    for target in guest.targets:
-        chain = backing_chain(guest.live(target))
-        assert guest.read(guest.live(target)) == guest.points["live", target]
-        for name in guest.names():
-            record = guest.record(name)
-            state = guest.source(record, target)
-            assert guest.read(Path(state)) == guest.points[name, target], name
-            if name in names:
-                assert guest.overlay(record, target) == chain[chain.index(state) - 1], name
-    # No snapshot that libvirt 9.9 would delete together with its state has a state still needed.
-    for name in guest.names():
-        leaf = not guest.handle.snapshotLookupByName(name).numChildren()
-        if leaf and name != guest.current():
-            for target in guest.targets:
-                state = guest.source(guest.record(name), target)
-                assert state not in backing_chain(guest.live(target))
-    listed = guest.connection.lookupByName(guest.name)
-    assert listed.isActive() == 0
 
 
 def test_there_and_back_again(libvirtd: Daemon, guest: Guest) -> None:
@@ -161,3 +136,47 @@ def test_libvirts_own_delete_takes_the_live_branch(libvirtd: Daemon, guest: Gues
     follows(guest)
     metadata = libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY
     assert metadata and guest.names() == ["s1", "s2"]
+
+
+def test_a_walk_through_branches(libvirtd: Daemon, tmp_path: Path) -> None:
+    """Random words, one after another: what was taken reads as taken, and libvirt goes on."""
+    seeds = int(os.environ.get("QCHAIN_WALKS", "2"))
+    for seed in range(seeds):
+        walk(libvirtd, tmp_path, random.Random(seed), f"walk{seed}")
+
+
+def walk(libvirtd: Daemon, tmp_path: Path, chance: random.Random, name: str) -> None:
+    targets = ("vda", "vdb")[: chance.randrange(1, 3)]
+    fmt = chance.choice(("qcow2", "raw"))
+    guest = Guest.define(libvirtd, tmp_path / name, name, targets, fmt)
+    guest.grow("a1", "a2")
+    strays: dict[Path, bytes] = {}
+    for number in range(8):
+        present = guest.names()
+        word = chance.choice(("take", "take", "revert", "delete", "delete"))
+        if word == "take" or len(present) < 2:
+            guest.write()
+            taken = f"n{number}"
+            if chance.random() < 0.5:
+                guest.snapshot(taken)
+            else:
+                for target in targets:
+                    guest.points[taken, target] = guest.points["live", target]
+                more = ["--keep-active-name"] if chance.random() < 0.5 else []
+                domain(libvirtd, "snapshot", name, taken, *more)
+        elif word == "revert":
+            old = [guest.live(target) for target in targets]
+            more = ["--discard"] if chance.random() < 0.5 else []
+            revert(libvirtd, guest, chance.choice(present), *more)
+            strays |= {path: guest.read(path) for path in old if not more and path.exists()}
+        else:
+            gone = chance.sample(present, chance.randrange(1, 3))
+            tied = [path for path in strays if len(backing_chain(path)) > 1]
+            words = [str(word) for path in tied for word in ("--also", path)]
+            domain(libvirtd, "delete-snapshot", name, *gone, "--yes", *words)
+        follows(guest)
+        for path, content in strays.items():
+            assert guest.read(path) == content, path
+    domain(libvirtd, "show", name)
+    goes_on(guest)
+    guest.remove()

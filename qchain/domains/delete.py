@@ -11,7 +11,7 @@ called otherwise than before: only overlays and parents change.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from qchain.domains.connection import Host
 from qchain.domains.edit import Place, moved, with_parent
 from qchain.domains.files import Files, files_of
 from qchain.domains.inventory import Inventory, others, pool_directories
-from qchain.domains.journal import Gone, Job
+from qchain.domains.journal import MERGED, Gone, Job
 from qchain.domains.records import Snapshot, real
 from qchain.domains.work import plan_merge
 from qchain.errors import Refused, UsageError
@@ -113,7 +113,7 @@ def planned_deletion(
         for target, disk in inventory.disks.items()
         if disk.source.path is not None
     }
-    refusals = record_refusals(inventory, files)
+    refusals = record_refusals(inventory, files) + _also_refusals(more, files)
     if refusals:
         yield Deletion(inventory, empty, None, tuple(refusals))
         return
@@ -160,6 +160,14 @@ def _chosen(inventory: Inventory, names: Sequence[str]) -> list[Snapshot]:
                 name, f"is no snapshot of {inventory.name}", f"its snapshots are: {known}"
             )
     return [inventory.snapshots[name] for name in dict.fromkeys(names)]
+
+
+def _also_refusals(more: Sequence[str], files: Mapping[str, Files]) -> list[str]:
+    return [
+        f"{name}: backs on no image of the domain, or cannot be opened; leave --also out"
+        for name in more
+        if not any(real(name) in each.images for each in files.values())
+    ]
 
 
 def _live_command(inventory: Inventory, chosen: Sequence[Snapshot]) -> str:
@@ -213,10 +221,15 @@ def _disk(
             break
         out.gone += bare
     out.drop = [name for name in files.images if name in drop and name not in out.gone]
-    left = [name for name in files.images if name not in out.gone]
-    below = {files.images[name].below for name in left}
-    tops = [name for name in left if name not in below]
-    out.actives = [out.live, *(name for name in tops if name != out.live)]
+    # What goes and backs on what is dropped is merged like all others first: until then, and if
+    # the merge fails, nothing of it may be missing.
+    below = {image.below for image in files.images.values()}
+    out.actives = [out.live]
+    for name in files.images:
+        if name in below or name == out.live:
+            continue
+        if name not in out.gone or not set(files.line(name)).isdisjoint(out.drop):
+            out.actives.append(name)
     return out
 
 
@@ -232,6 +245,8 @@ def _path(disk: _Disk, name: str) -> Path:
 
 def _gone(disk: _Disk, name: str) -> Gone:
     path = _path(disk, name)
+    if not set(disk.files.line(name)).isdisjoint(disk.drop):
+        return Gone(path, MERGED)
     known = identity(path)
     if known is None or path.is_symlink():
         raise Refused(path, "is a symbolic link or gone", "name the file itself in the records")
@@ -287,7 +302,7 @@ def _moves(inventory: Inventory, snapshot: Snapshot | None, disk: _Disk) -> dict
         for line in lines:
             if name in line:
                 above = [each for each in line[: line.index(name)] if each not in disk.drop]
-                if above:
+                if above and above[-1] not in disk.gone:
                     image = files.images[above[-1]]
                     out[name] = Place(image.path, image.format)
                     break

@@ -93,8 +93,17 @@ def named_files(inventory: Inventory, target: str) -> list[str]:
 
 
 def files_of(inventory: Inventory, target: str, gate: Gate, more: Iterable[str] = ()) -> Files:
-    """The images of a disk, the live chain first."""
+    """The images of a disk, the live chain first.
+
+    Args:
+        more: images that no record names; those that back on nothing of this disk are left out.
+    """
     out = Files()
-    for name in (*named_files(inventory, target), *more):
+    for name in named_files(inventory, target):
         out.add(name, gate)
+    for name in more:
+        alone = Files()
+        alone.add(name, gate)
+        if alone.problems or not out.images.keys().isdisjoint(alone.images):
+            out.add(name, gate)
     return out

@@ -38,7 +38,7 @@ from qchain.run.durable import unlink_durably, write_durably
 from qchain.run.fields import listed, number, path_of, text
 from qchain.run.private import require_ours
 
-__all__ = ["Gone", "Job", "Make", "domain_journals_at", "read_job"]
+__all__ = ["MERGED", "Gone", "Job", "Make", "domain_journals_at", "read_job"]
 
 FORMAT = 1
 _LIMIT = 64 << 20  # bytes
@@ -58,9 +58,13 @@ class Make:
     keep: bool = False
 
 
+MERGED = FileId(0, 0)
+"""Of a file whose name the merge before may give to another one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """A file that is to be deleted, known by what it is."""
+    """A file that is to be deleted, known by what it is; `MERGED`, where that is not known yet."""
 
     path: Path
     id: FileId

@@ -21,7 +21,7 @@ from qchain.chain.gate import Gate
 from qchain.chain.scan import JOURNAL_SUFFIX, WORK_PREFIX, identity
 from qchain.domains.apply import Before, bring, handle_of
 from qchain.domains.connection import Host
-from qchain.domains.journal import Gone, Job, read_job
+from qchain.domains.journal import MERGED, Gone, Job, read_job
 from qchain.domains.records import real
 from qchain.errors import FailedMidway, QchainError, Refused
 from qchain.hostfile import HostFile
@@ -192,7 +192,7 @@ def _deletes(step: Step, names: set[Path]) -> bool:
 
 
 def _delete(host: Host, handle: Any, job: Job, tools: Tools) -> None:
-    own = {each.id for each in job.gone}
+    own = {identity(each.path) for each in job.gone}
     for each in job.gone:
         if not os.path.lexists(each.path):
             continue
@@ -204,10 +204,11 @@ def _delete(host: Host, handle: Any, job: Job, tools: Tools) -> None:
 
 def _require_unneeded(gone: Gone, own: set[Any], job: Job) -> None:
     """Raise `Refused` unless the name is still that of the file, and nobody needs it."""
-    if gone.path.is_symlink() or identity(gone.path) != gone.id:
+    known = identity(gone.path)
+    if gone.path.is_symlink() or known is None or gone.id not in (known, MERGED):
         raise Refused(gone.path, "is another file than the one that was to go", "look at it")
     places = {path.parent for path in job.files()}
-    strangers = stranger_refusals({gone.id: gone.path}, own, [*sorted(places), *job.options.scan])
+    strangers = stranger_refusals({known: gone.path}, own, [*sorted(places), *job.options.scan])
     if strangers:
         raise Refused(job.name, strangers[0], "")
     with HostFile(gone.path) as file:
