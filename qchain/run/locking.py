@@ -11,6 +11,7 @@ from qchain.chain.layer import Layer
 from qchain.errors import Refused
 from qchain.hostfile import HostFile
 from qchain.run.locks import (
+    flock_holder,
     hold_reader,
     hold_writer,
     holder_name,
@@ -126,8 +127,11 @@ def sole(files: Iterable[HostFile], merged: Iterable[HostFile]) -> Iterator[None
             try:
                 fcntl.flock(file.fd, kind | fcntl.LOCK_NB)
             except BlockingIOError:
+                who = flock_holder(file.fd)
                 raise Refused(
-                    file.path, "another qchain is working on this chain", "wait until it has ended"
+                    file.path,
+                    "another qchain is working on this chain" + f": {who}" * (who is not None),
+                    "wait until it has ended",
                 ) from None
             except OSError as error:
                 reason = (error.strerror or str(error)).lower()
