@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qchain.chain.layer import Layer
+from qchain.chain.scan import identity
 from qchain.errors import Refused
 from qchain.hostfile import HostFile
 from qchain.run.locks import (
@@ -151,11 +152,4 @@ def _has_locks(layer: Layer) -> bool:
 
 
 def _is_any(layer: Layer, names: Iterable[Path]) -> bool:
-    for name in names:
-        try:
-            status = name.stat()
-        except OSError:
-            continue
-        if (status.st_dev, status.st_ino) == (layer.file.id.device, layer.file.id.inode):
-            return True
-    return False
+    return any(identity(name) == layer.file.id for name in names)
