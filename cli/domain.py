@@ -7,6 +7,7 @@ import typer
 from .domainbranch import revert, snapshot
 from .domainchange import delete_snapshot, flatten
 from .domainread import list_, show
+from .domainrepair import repair
 
 __all__ = ["app"]
 
@@ -21,3 +22,4 @@ app.command("snapshot")(snapshot)
 app.command("delete-snapshot")(delete_snapshot)
 app.command("revert")(revert)
 app.command("flatten")(flatten)
+app.command("repair")(repair)

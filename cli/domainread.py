@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qchain.domains.inventory import Inventory
     from qchain.domains.truth import Problem
 
-__all__ = ["DEFAULT", "Connect", "list_", "opened_files", "said", "show"]
+__all__ = ["DEFAULT", "Connect", "list_", "opened_files", "problem_json", "said", "show"]
 
 Connect = Annotated[
     str, typer.Option("--connect", "-c", metavar="URI", help="The libvirt to talk to.")
@@ -130,7 +130,7 @@ def _summary(
         "current": inventory.current,
         "disk_size": sum(image.disk_size for image in images.values()),
         "shadowed_bytes": sum(_shadowed(line[0]) for line in lines if line),
-        "problems": [_problem_json(problem) for problem in problems],
+        "problems": [problem_json(problem) for problem in problems],
     }
 
 
@@ -144,7 +144,8 @@ def _shadowed(live: str) -> int:
         return sum(each.shadowed for each in ownership(chain.layers))
 
 
-def _problem_json(problem: Problem) -> dict[str, Any]:
+def problem_json(problem: Problem) -> dict[str, Any]:
+    """A problem, with the names that outside scripts rely on."""
     return {
         "kind": problem.kind,
         "disk": problem.target,

@@ -149,6 +149,13 @@ def follows(guest: Guest) -> None:
             for target in guest.targets:
                 state = guest.source(guest.record(name), target)
                 assert state not in backing_chain(guest.live(target))
+                for other in set(guest.names()) - {name}:
+                    needed = guest.source(guest.record(other), target)
+                    assert state not in backing_chain(Path(needed)), (name, other)
+    # What libvirt 9.9 would delete when it reverts: the overlays of the current one.
+    current = guest.current()
+    for target in guest.targets if current else ():
+        assert guest.overlay(guest.record(str(current)), target) == str(guest.live(target))
     listed = guest.connection.lookupByName(guest.name)
     assert listed.isActive() == 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from qchain.domains.connection import Host, told
 from qchain.domains.records import (
     DomainDisk,
     Snapshot,
+    Volumes,
     disks_of,
     files_in,
     in_order,
@@ -19,7 +20,7 @@ from qchain.domains.records import (
 )
 from qchain.domains.xmltext import child, parse, text_at
 
-__all__ = ["Inventory", "Use", "look", "others", "pool_directories"]
+__all__ = ["Inventory", "Use", "look", "others", "pool_directories", "rebuilt"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,19 @@ def _read(host: Host, handle: Any) -> Inventory:
         current,
         tuple(host.checkpoints(handle)),
     )
+
+
+def rebuilt(
+    inventory: Inventory,
+    xml: str,
+    snapshots: Mapping[str, str],
+    current: str | None,
+    volumes: Volumes,
+) -> Inventory:
+    """The same domain with other records."""
+    found = in_order(snapshot_of(text, volumes) for text in snapshots.values())
+    disks = disks_of(parse(xml), volumes)
+    return replace(inventory, xml=xml, disks=disks, snapshots=found, current=current)
 
 
 def others(host: Host, uuid: str) -> list[Use]:

@@ -18,6 +18,7 @@ __all__ = [
     "Overlay",
     "Snapshot",
     "Source",
+    "Volumes",
     "disks_of",
     "files_in",
     "in_order",

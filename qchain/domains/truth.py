@@ -17,7 +17,7 @@ from qchain.domains.files import Files
 from qchain.domains.inventory import Inventory
 from qchain.domains.records import DomainDisk, Snapshot, Source, real
 
-__all__ = ["Problem", "above_in", "problems_of"]
+__all__ = ["Problem", "above_in", "nearest_below", "problems_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +136,26 @@ def _of_record(
     if snapshot.parent is not None and parent is None:
         text = f"its parent {snapshot.parent} is no snapshot"
         out.append(Problem("parent", target, name, text))
-    if parent is not None and there:
-        before = parent.keeps(target)
-        known = before is not None and real(before) in files.images
-        if known and before is not None and real(before) not in files.line(state)[1:]:
-            text = f"its state {state} does not back on that of its parent {parent.name}"
+    if parent is not None and there and parent.keeps(target) is not None:
+        nearest = nearest_below(inventory, target, snapshot, files)
+        known = real(parent.keeps(target) or "/") in files.images
+        if known and nearest != parent.name:
+            text = f"its parent is {parent.name}, but the next state below is of {nearest}"
             out.append(Problem("parent", target, name, text))
     return out
+
+
+def nearest_below(
+    inventory: Inventory, target: str, snapshot: Snapshot, files: Files
+) -> str | None:
+    """The snapshot whose state of a disk is the next one below; None where there is none."""
+    states = {
+        real(state): each.name
+        for each in inventory.snapshots.values()
+        if each is not snapshot and (state := each.keeps(target)) is not None
+    }
+    line = files.line(snapshot.keeps(target))[1:]
+    return next((states[name] for name in line if name in states), None)
 
 
 def _format(files: Files, target: str, name: str | None, source: Source) -> list[Problem]:
