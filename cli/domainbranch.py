@@ -90,7 +90,10 @@ def revert(
     for make in job.make:
         write(printable(f"{make.path} is live, over {make.below}") + "\n")
     for path in branch.left:
-        write(printable(f"{path} holds what the guest had last; no record names it now") + "\n")
+        left = (
+            f"{path} keeps what the guest had, but is no snapshot's; --discard deletes such files"
+        )
+        write(printable(left) + "\n")
 
 
 def _refused(branch: Branch, common: Common) -> None:

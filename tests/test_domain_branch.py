@@ -28,10 +28,12 @@ def domain(libvirtd: Daemon, *words: str) -> Result:
     return done
 
 
-def revert(libvirtd: Daemon, guest: Guest, name: str, *more: str) -> None:
-    domain(libvirtd, "revert", guest.name, name, "--yes", *more)
+def revert(libvirtd: Daemon, guest: Guest, name: str, *more: str) -> list[Path]:
+    """Returns the files that are left without being any snapshot's."""
+    done = domain(libvirtd, "revert", guest.name, name, "--yes", "--json", *more).json
     for target in guest.targets:
         guest.points["live", target] = guest.points[name, target]
+    return [Path(path) for path in done["left"]]
 
 
 def test_there_and_back_again(libvirtd: Daemon, guest: Guest) -> None:
@@ -165,10 +167,11 @@ def walk(libvirtd: Daemon, tmp_path: Path, chance: random.Random, name: str) -> 
                 more = ["--keep-active-name"] if chance.random() < 0.5 else []
                 domain(libvirtd, "snapshot", name, taken, *more)
         elif word == "revert":
-            old = [guest.live(target) for target in targets]
             more = ["--discard"] if chance.random() < 0.5 else []
-            revert(libvirtd, guest, chance.choice(present), *more)
-            strays |= {path: guest.read(path) for path in old if not more and path.exists()}
+            left = revert(libvirtd, guest, chance.choice(present), *more)
+            assert not (left and more)
+            strays |= {path: guest.read(path) for path in left}
+            strays = {path: content for path, content in strays.items() if path.exists()}
         else:
             gone = chance.sample(present, chance.randrange(1, 3))
             tied = [path for path in strays if len(backing_chain(path)) > 1]
@@ -177,6 +180,10 @@ def walk(libvirtd: Daemon, tmp_path: Path, chance: random.Random, name: str) -> 
         follows(guest)
         for path, content in strays.items():
             assert guest.read(path) == content, path
+        listed = {path.name for path in guest.directory.iterdir()} - {path.name for path in strays}
+        named = {Path(guest.source(guest.record(each), target)).name
+                 for each in guest.names() for target in targets}  # fmt: skip
+        assert listed == named | {"cd.iso"} | {guest.live(target).name for target in targets}
     domain(libvirtd, "show", name)
     goes_on(guest)
     guest.remove()

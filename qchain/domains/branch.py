@@ -38,7 +38,10 @@ __all__ = ["Branch", "plan_revert", "plan_snapshot"]
 
 @dataclass(frozen=True)
 class Branch:
-    """What would be done, and why it would not. `left`: files that no record names any more."""
+    """What would be done, and why it would not.
+
+    `left`: files that hold no snapshot's state, and are live no more.
+    """
 
     inventory: Inventory
     job: Job
@@ -112,7 +115,7 @@ def plan_revert(
         name,
     )
     abandoned = {
-        target: _abandoned(inventory, target, files[target], target in places) for target in files
+        target: _abandoned(inventory, target, files[target], snapshot) for target in places
     }
     gone = [Path(files[t].images[each].path) for t, names in abandoned.items() for each in names]
     job = replace(
@@ -198,18 +201,25 @@ def _following(
     return records
 
 
-def _abandoned(inventory: Inventory, target: str, files: Files, left: bool) -> list[str]:
-    """Images that nothing needs once the live one is `left`, the uppermost first."""
-    if not left:
-        return []
+def _abandoned(inventory: Inventory, target: str, files: Files, snapshot: Snapshot) -> list[str]:
+    """Images that nothing needs once the live one is left, the uppermost first.
+
+    Among them those of earlier branches that only the overlays of `snapshot` and its ancestors
+    name, which are to be others.
+    """
     needed: set[str] = set()
-    for snapshot in inventory.snapshots.values():
-        needed.update(files.line(snapshot.keeps(target)))
-    out = []
-    for name in files.line(inventory.disks[target].source.path):
-        if name in needed or _shared(files, name):
-            break
-        out.append(name)
+    for each in inventory.snapshots.values():
+        needed.update(files.line(each.keeps(target)))
+    tops = [inventory.disks[target].source.path]
+    for each in inventory.line(snapshot.name):
+        overlay = each.reverted.get(target, each.overlays.get(target))
+        tops += [] if overlay is None or overlay.source is None else [overlay.source.path]
+    out: list[str] = []
+    for top in tops:
+        for name in files.line(top):
+            if name in needed or name in out or _shared(files, name):
+                break
+            out.append(name)
     return out
 
 

@@ -147,7 +147,7 @@ def planned_deletion(
     with open_tree(job.actives, wishes.gate) as tree:
         plan = plan_merge(tree, job.drop, options, progress, version)
         job = replace(job, token=plan.token)
-        yield Deletion(inventory, job, (tree, plan), plan.refusals)
+        yield Deletion(inventory, job, (tree, plan), tuple(map(_in_our_words, plan.refusals)))
 
 
 def _chosen(inventory: Inventory, names: Sequence[str]) -> list[Snapshot]:
@@ -160,6 +160,13 @@ def _chosen(inventory: Inventory, names: Sequence[str]) -> list[Snapshot]:
                 name, f"is no snapshot of {inventory.name}", f"its snapshots are: {known}"
             )
     return [inventory.snapshots[name] for name in dict.fromkeys(names)]
+
+
+def _in_our_words(refusal: str) -> str:
+    """A merge knows no --also."""
+    path = refusal.partition(": ")[0]
+    theirs = "merge that overlay too (name its active image as well), or move it"
+    return refusal.replace(theirs, f"keep what it shows too with '--also {path}', or remove it")
 
 
 def _also_refusals(more: Sequence[str], files: Mapping[str, Files]) -> list[str]:
