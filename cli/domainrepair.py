@@ -22,6 +22,14 @@ def repair(
     domain: Annotated[str, typer.Argument(metavar="DOM", help="Its name or UUID.")],
     common: Common,
     connect: Connect = DEFAULT,
+    merged_by: Annotated[
+        str,
+        typer.Option(
+            "--merged-by",
+            metavar="HOW",
+            help="How images were merged by hand: commit, pull, auto (by their times).",
+        ),
+    ] = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be mended, change nothing.")
     ] = False,
@@ -34,7 +42,7 @@ def repair(
     from qchain.domains.work import Tools, carry_out
 
     with Host(connect) as host:
-        found = plan_repair(host, look(host, domain), common.gate())
+        found = plan_repair(host, look(host, domain), common.gate(), merged_by)
         document = {
             "domain": found.inventory.name,
             "mends": list(found.mends),

@@ -70,6 +70,22 @@ def test_a_middle_image_merged_by_hand(libvirtd: Daemon, guest: Guest, how: str,
     goes_on(guest)
 
 
+def test_where_the_disks_do_not_agree_a_person_decides(libvirtd: Daemon, guest: Guest) -> None:
+    """A commit that had nothing to write looks like a pull."""
+    by_hand(guest, "commit", "s1", "img", "s2")
+    os.utime(guest.directory / "vdb.img", (1, 1))
+    done = run("domain", "repair", "mended", "-c", libvirtd.uri, "--yes", "--json")
+    assert done.code == 1 and "vdb.s1" in done.err
+    assert {each["kind"] for each in done.json["left"]} >= {"missing-state"}
+    assert guest.names() == ["s1", "s2", "s3"]
+    words = ["domain", "repair", "mended", "-c", libvirtd.uri, "--yes", "--merged-by"]
+    assert "'hope'" in run(*words, "hope").fails(2)
+    done = run(*words, "commit")
+    assert done.code == 0, done.err
+    assert guest.names() == ["s2", "s3"]
+    follows(guest)
+
+
 def test_the_live_image_committed_by_hand(libvirtd: Daemon, guest: Guest) -> None:
     time.sleep(1.1)
     for target in guest.targets:

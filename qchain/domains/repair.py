@@ -6,7 +6,8 @@
     qemu-img rebase v.2   v <- v.2*      v is as it was: S1's state; S2's is lost
 
 The files alone look the same afterwards. What tells them apart is when v was written to: a state
-is never touched after its snapshot was taken, and a commit does that.
+is never touched after its snapshot was taken, and a commit does that. `--merged-by` says it
+where that does not decide.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from qchain.domains.inventory import Inventory, rebuilt
 from qchain.domains.journal import Job
 from qchain.domains.records import Snapshot, real
 from qchain.domains.truth import Problem, above_in, nearest_below, problems_of
+from qchain.errors import UsageError
 
 __all__ = ["Repair", "plan_repair"]
 
@@ -70,8 +72,16 @@ class _Draft:
             self.current = above
 
 
-def plan_repair(host: Host, inventory: Inventory, gate: Gate) -> Repair:
-    """Plan to make the records of a shut-off domain true. Files are never changed."""
+def plan_repair(host: Host, inventory: Inventory, gate: Gate, how: str = "auto") -> Repair:
+    """Plan to make the records of a shut-off domain true. Files are never changed.
+
+    Args:
+        how: the merges by hand were done: commit, pull, or auto (by the times of the files).
+
+    Raises: `UsageError` for another word.
+    """
+    if how not in ("auto", "commit", "pull"):
+        raise UsageError("--merged-by", f"{how!r} is not possible", "one of: auto, commit, pull")
     known = records_of(inventory)
     job = Job(
         secrets.token_hex(3), host.uri, inventory.name, inventory.uuid, "repair", known, known
@@ -87,7 +97,7 @@ def plan_repair(host: Host, inventory: Inventory, gate: Gate) -> Repair:
         draft = _Draft(
             now.xml, {name: each.xml for name, each in now.snapshots.items()}, now.current
         )
-        said = next((text for each in left if (text := _mend(each, now, files, draft))), None)
+        said = next((text for each in left if (text := _mend(each, now, files, draft, how))), None)
         if said is None:
             break
         mends.append(said)
@@ -113,7 +123,11 @@ def _files(inventory: Inventory, gate: Gate) -> dict[str, Files]:
 
 
 def _mend(
-    problem: Problem, inventory: Inventory, files: Mapping[str, Files], draft: _Draft
+    problem: Problem,
+    inventory: Inventory,
+    files: Mapping[str, Files],
+    draft: _Draft,
+    how: str,
 ) -> str | None:
     """Change `draft` so that the problem is gone; returns it in words, None where that is not
     possible."""
@@ -124,7 +138,7 @@ def _mend(
             return _missing_live(inventory, files, draft)
         case "missing-state":
             assert name is not None
-            return _missing_state(inventory, target, inventory.snapshots[name], images, draft)
+            return _missing_state(inventory, inventory.snapshots[name], files, draft, how)
         case "format":
             return _wrong_format(problem, inventory, images, draft)
         case "deleting":
@@ -194,42 +208,79 @@ def _missing_live(inventory: Inventory, files: Mapping[str, Files], draft: _Draf
     return f"{'; '.join(said)}; snapshot {current.name}, whose state that was, is lost and goes"
 
 
-def _missing_state(
-    inventory: Inventory, target: str, snapshot: Snapshot, files: Files, draft: _Draft
-) -> str | None:
-    """A state was merged by hand: into the image below it, or into the one above."""
-    lost = snapshot.keeps(target)
-    assert lost is not None
-    if Path(lost).exists():
-        return None  # there, but not readable: nobody knows
-    overlay = snapshot.reverted.get(target, snapshot.overlays[target])
-    above = None if overlay.source is None else overlay.source.path
-    below = None
-    if above is not None and real(above) in files.images:
-        below = files.images[real(above)].below
-    if below is not None:
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    """A state that is gone from a disk, and what lies below where it was."""
+
+    target: str
+    path: str
+    below: Place | None
+    holder: Snapshot | None
+    committed: bool
+
+
+def _lost_states(
+    inventory: Inventory, snapshot: Snapshot, files: Mapping[str, Files], how: str
+) -> list[_Lost]:
+    out = []
+    for target, images in files.items():
+        lost = snapshot.keeps(target)
+        if lost is None or Path(lost).exists():
+            continue
+        overlay = snapshot.reverted.get(target, snapshot.overlays[target])
+        above = None if overlay.source is None else overlay.source.path
+        found = None if above is None else images.images.get(real(above))
+        below = None if found is None or found.below is None else images.images[found.below]
+        if below is None:
+            # Nothing that it could have been committed into.
+            out.append(_Lost(target, lost, None, None, False))
+            continue
         holder = next(
             (
                 each
                 for each in inventory.snapshots.values()
-                if each is not snapshot and real(each.keeps(target) or "/") == below
+                if each is not snapshot and real(each.keeps(target) or "/") == real(below.path)
             ),
             None,
         )
-        image = files.images[below]
-        if _written_since(image.path, (holder or snapshot).created):
-            place = Place(image.path, image.format)
-            text = draft.snapshots[snapshot.name]
-            for part in ("domain", "inactiveDomain"):
-                text = with_source(text, target, place, (part,))
-            draft.snapshots[snapshot.name] = text
-            said = f"snapshot {snapshot.name}, {target}: {lost} was committed into {image.path}, "
-            if holder is None:
-                return said + "which is its state"
-            draft.forget(inventory, holder.name)
-            return said + f"which is its state; {holder.name}, whose state that was, is lost, goes"
-    draft.forget(inventory, snapshot.name)
-    return f"snapshot {snapshot.name}: its state {lost} is lost, its record goes"
+        written = _written_since(below.path, (holder or snapshot).created)
+        place = Place(below.path, below.format)
+        committed = how == "commit" or (how == "auto" and written)
+        out.append(_Lost(target, lost, place, holder, committed))
+    return out
+
+
+def _missing_state(
+    inventory: Inventory,
+    snapshot: Snapshot,
+    files: Mapping[str, Files],
+    draft: _Draft,
+    how: str,
+) -> str | None:
+    """A state was merged by hand: into the image below it, or into the one above.
+
+    Where the disks do not agree nothing is mended: a commit that had nothing to write looks
+    like a pull, and somebody may have done both.
+    """
+    lost = _lost_states(inventory, snapshot, files, how)
+    if not lost or len({each.committed for each in lost}) > 1:
+        return None
+    names = ", ".join(each.path for each in lost)
+    if not lost[0].committed:
+        draft.forget(inventory, snapshot.name)
+        return f"snapshot {snapshot.name}: its state ({names}) is lost, its record goes"
+    text = draft.snapshots[snapshot.name]
+    for each in lost:
+        assert each.below is not None
+        for part in ("domain", "inactiveDomain"):
+            text = with_source(text, each.target, each.below, (part,))
+    draft.snapshots[snapshot.name] = text
+    into = ", ".join(each.below.path for each in lost if each.below is not None)
+    said = f"snapshot {snapshot.name}: {names} was committed into {into}, its state now"
+    for holder in {each.holder.name for each in lost if each.holder is not None}:
+        draft.forget(inventory, holder)
+        said += f"; that of {holder} is lost, its record goes"
+    return said
 
 
 def _wrong_format(
