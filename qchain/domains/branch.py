@@ -25,7 +25,7 @@ from qchain.domains.apply import Records, records_of
 from qchain.domains.checks import domain_refusals, record_refusals, use_refusals
 from qchain.domains.connection import Host
 from qchain.domains.edit import Place, with_overlay, with_source
-from qchain.domains.files import Files, files_of
+from qchain.domains.files import Files, all_files
 from qchain.domains.inventory import Inventory, pool_directories
 from qchain.domains.journal import Gone, Job, Make
 from qchain.domains.records import Snapshot, real
@@ -47,14 +47,6 @@ class Branch:
     job: Job
     refusals: tuple[str, ...]
     left: tuple[Path, ...] = ()
-
-
-def _files(inventory: Inventory, gate: Gate) -> dict[str, Files]:
-    return {
-        target: files_of(inventory, target, gate)
-        for target, disk in inventory.disks.items()
-        if disk.source.path is not None
-    }
 
 
 def _empty(host: Host, inventory: Inventory, words: str) -> Job:
@@ -96,7 +88,7 @@ def plan_revert(
     refusals += _snapshot_refusals(inventory, snapshot)
     if refusals:
         return Branch(inventory, empty, tuple(refusals))
-    files = _files(inventory, gate)
+    files = all_files(inventory, gate)
     refusals = record_refusals(inventory, files)
     if refusals:
         return Branch(inventory, empty, tuple(refusals))
@@ -263,7 +255,7 @@ def plan_snapshot(
         refusals.append(f"{name}: is a snapshot of {inventory.name} already; choose another name")
     if refusals:
         return Branch(inventory, empty, tuple(refusals))
-    files = _files(inventory, gate)
+    files = all_files(inventory, gate)
     refusals = record_refusals(inventory, files)
     if not files:
         refusals.append(f"{inventory.name}: has no disk that a snapshot could be taken of")

@@ -23,7 +23,7 @@ from qchain.domains.apply import Records, records_of
 from qchain.domains.checks import domain_refusals, record_refusals, use_refusals
 from qchain.domains.connection import Host
 from qchain.domains.edit import Place, moved, with_parent
-from qchain.domains.files import Files, files_of
+from qchain.domains.files import Files, all_files
 from qchain.domains.inventory import Inventory, others, pool_directories
 from qchain.domains.journal import MERGED, Gone, Job
 from qchain.domains.records import Snapshot, real
@@ -108,11 +108,7 @@ def planned_deletion(
         yield Deletion(inventory, empty, None, tuple(refusals))
         return
     more = [str(path.absolute()) for path in wishes.also]
-    files = {
-        target: files_of(inventory, target, wishes.gate, more)
-        for target, disk in inventory.disks.items()
-        if disk.source.path is not None
-    }
+    files = all_files(inventory, wishes.gate, more)
     refusals = record_refusals(inventory, files) + _also_refusals(more, files)
     if refusals:
         yield Deletion(inventory, empty, None, tuple(refusals))

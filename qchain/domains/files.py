@@ -13,7 +13,7 @@ from qchain.domains.records import real
 from qchain.errors import ImageError
 from qchain.hostfile import FileId
 
-__all__ = ["Files", "ImageFile", "files_of"]
+__all__ = ["Files", "ImageFile", "all_files", "files_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,3 +107,12 @@ def files_of(inventory: Inventory, target: str, gate: Gate, more: Iterable[str] 
         if alone.problems or not out.images.keys().isdisjoint(alone.images):
             out.add(name, gate)
     return out
+
+
+def all_files(inventory: Inventory, gate: Gate, more: Iterable[str] = ()) -> dict[str, Files]:
+    """The images of every disk that is on local files, by target."""
+    return {
+        target: files_of(inventory, target, gate, more)
+        for target, disk in inventory.disks.items()
+        if disk.source.path is not None
+    }

@@ -29,7 +29,7 @@ from qchain.domains.edit import (
     with_parent,
     with_source,
 )
-from qchain.domains.files import Files, files_of
+from qchain.domains.files import Files, all_files
 from qchain.domains.inventory import Inventory, rebuilt
 from qchain.domains.journal import Job
 from qchain.domains.records import Snapshot, real
@@ -92,7 +92,7 @@ def plan_repair(host: Host, inventory: Inventory, gate: Gate, how: str = "auto")
     mends: list[str] = []
     now, left = inventory, []
     for _ in range(_ROUNDS):
-        files = _files(now, gate)
+        files = all_files(now, gate)
         left = problems_of(now, files)
         draft = _Draft(
             now.xml, {name: each.xml for name, each in now.snapshots.items()}, now.current
@@ -103,7 +103,7 @@ def plan_repair(host: Host, inventory: Inventory, gate: Gate, how: str = "auto")
         mends.append(said)
         records = Records(draft.domain, draft.snapshots, draft.current)
         now = rebuilt(now, records.domain, records.snapshots, records.current, host.volume_path)
-    files = _files(now, gate)
+    files = all_files(now, gate)
     places = sorted({place for each in files.values() for place in each.places()})
     job = replace(
         job,
@@ -112,14 +112,6 @@ def plan_repair(host: Host, inventory: Inventory, gate: Gate, how: str = "auto")
         home=places[0] if places else Path("/var/lib/libvirt/images"),
     )
     return Repair(inventory, job, tuple(mends), tuple(left))
-
-
-def _files(inventory: Inventory, gate: Gate) -> dict[str, Files]:
-    return {
-        target: files_of(inventory, target, gate)
-        for target, disk in inventory.disks.items()
-        if disk.source.path is not None
-    }
 
 
 def _mend(
@@ -276,7 +268,7 @@ def _missing_state(
             text = with_source(text, each.target, each.below, (part,))
     draft.snapshots[snapshot.name] = text
     into = ", ".join(each.below.path for each in lost if each.below is not None)
-    said = f"snapshot {snapshot.name}: {names} was committed into {into}, its state now"
+    said = f"snapshot {snapshot.name}: {names}: committed into {into}, its state now"
     for holder in {each.holder.name for each in lost if each.holder is not None}:
         draft.forget(inventory, holder)
         said += f"; that of {holder} is lost, its record goes"

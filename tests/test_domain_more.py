@@ -1,0 +1,143 @@
+"""More of `qchain domain`: its ways to ask and to answer, libvirt's own delete beside ours."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import libvirt
+import pytest
+from cli_runner import command, run
+from domains import Before, backing_chain, dying, goes_on, judge, masked
+from libvirtd import Daemon, Guest
+
+from qchain.domains.connection import Host
+from qchain.domains.delete import Wishes, planned_deletion
+from qchain.domains.inventory import look
+from qchain.domains.work import Tools, carry_out
+
+
+@pytest.fixture
+def guest(libvirtd: Daemon, tmp_path: Path) -> Iterator[Guest]:
+    made = Guest.define(libvirtd, tmp_path / "images", "more", ("vda", "vdb"))
+    made.grow("s1", "s2")
+    yield made
+    made.remove()
+
+
+def test_the_newest_as_libvirt_deletes_it(libvirtd: Daemon, guest: Guest, tmp_path: Path) -> None:
+    """The same contents and records; only the name of the live image is kept by ours."""
+    other = Guest.define(libvirtd, tmp_path / "other", "theirs", ("vda", "vdb"))
+    other.grow("s1", "s2")
+    other.handle.snapshotLookupByName("s2").delete(0)
+    done = run("domain", "delete-snapshot", "more", "s2", "--yes", "-c", libvirtd.uri)
+    assert done.code == 0, done.err
+    assert guest.names() == other.names() == ["s1"]
+    assert guest.current() == other.current() == "s1"
+
+    def plain(xml: str) -> list[str]:
+        xml = re.sub(r"<uuid>.*?</uuid>|<creationTime>.*?</creationTime>", "", xml)
+        xml = re.sub(r"/vd(.)\.s[12]'", r"/vd\1.live'", xml)
+        xml = xml.replace(str(other.directory), str(guest.directory))
+        return sorted(xml.replace("<name>theirs</name>", "<name>more</name>").split())
+
+    assert plain(guest.record("s1")) == plain(other.record("s1"))
+    assert plain(guest.xml()) == plain(other.xml())
+    for target in guest.targets:
+        assert guest.read(guest.live(target)) == other.read(other.live(target))
+        ours, theirs = (backing_chain(each.live(target)) for each in (guest, other))
+        assert len(ours) == len(theirs) == 2
+        assert guest.read(Path(ours[1])) == other.read(Path(theirs[1]))
+    other.remove()
+
+
+def test_it_asks_and_tells(libvirtd: Daemon, guest: Guest) -> None:
+    before = Before.of(guest)
+    words = ("domain", "delete-snapshot", "more", "s1", "-c", libvirtd.uri)
+    assert "--yes" in command(*words).fails(2)
+    dry = run(*words, "--dry-run")
+    assert dry.code == 0 and "qemu-img" in dry.out
+    assert Before.of(guest) == before
+    assert "no snapshot of more" in run(*words[:3], "none", "-c", libvirtd.uri).fails(2)
+    assert "--names" not in run(*words, "--keep-files", "--yes").fails(3)
+    document = run(*words, "--yes", "--json").json
+    assert document["domain"] == "more" and document["deleted_snapshots"] == ["s1"]
+    assert document["verified"]["identical"] and document["current"] == "s2"
+    judge(guest, before, {"s1"})
+    assert run("domain", "delete-snapshot", "--help").code == 0
+
+
+def test_a_transient_guest_is_refused(libvirtd: Daemon, guest: Guest) -> None:
+    xml = guest.xml().replace("<name>more</name>", "<name>brief</name>")
+    xml = re.sub(r"<uuid>.*?</uuid>", "", xml)
+    brief = guest.connection.createXML(xml, libvirt.VIR_DOMAIN_START_PAUSED)
+    line = run("domain", "snapshot", "brief", "x", "-c", libvirtd.uri).fails(3)
+    assert "is running" in line
+    shown = run("domain", "snapshot", "brief", "x", "-c", libvirtd.uri, "--json")
+    assert any("transient" in each for each in shown.json["refusals"])
+    brief.destroy()
+
+
+def test_an_unfinished_change_is_seen_and_found_from_every_directory(
+    libvirtd: Daemon, guest: Guest, tmp_path: Path
+) -> None:
+    """The second disk lies elsewhere: there is a pointer to the journal."""
+    away = tmp_path / "away"
+    away.mkdir()
+    saved = Before.of(guest)
+    metadata = libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY
+    for name in ("s2", "s1"):
+        guest.handle.snapshotLookupByName(name).delete(metadata)
+    for path in guest.directory.glob("vdb.*"):
+        shutil.move(path, away)
+    words = ["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b"]
+    for upper, lower in (("s1", "img"), ("s2", "s1")):
+        subprocess.run([*words, away / f"vdb.{lower}", away / f"vdb.{upper}"], check=True)
+
+    def there(xml: str) -> str:
+        return xml.replace(f"{guest.directory}/vdb.", f"{away}/vdb.")
+
+    guest.handle = guest.connection.defineXML(there(saved.definition))
+    flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE
+    guest.handle.snapshotCreateXML(there(saved.records["s1"]), flags)
+    current = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT
+    guest.handle.snapshotCreateXML(there(saved.records["s2"]), flags | current)
+
+    def work(look_on: object) -> None:
+        with (
+            Host(libvirtd.uri) as host,
+            planned_deletion(host, look(host, "more"), Wishes(("s1",)), "delete s1") as deletion,
+        ):
+            assert not deletion.refusals, deletion.refusals
+            carry_out(host, deletion.job, Tools(before=look_on), deletion.merge)  # type: ignore[arg-type]
+
+    assert dying(work, 12)
+    for place, name in ((guest.directory, "vda"), (away, "vdb")):
+        line = run("merge", place / f"{name}.s2", "--flatten", "--yes").fails(3)
+        assert "not finished" in line
+        words = ["domain", "delete-snapshot", "more", "s2", "--yes", "-c", libvirtd.uri]
+        assert run(*words).code == 3
+    done = run("recover", away)
+    assert done.out == "domain more: delete s1: finished\n", done.err
+    assert guest.names() == ["s2"] and not list(away.glob(".qchain*"))
+    assert not list(guest.directory.glob(".qchain*"))
+    for target in guest.targets:
+        assert guest.read(guest.live(target)) == guest.points["live", target]
+    goes_on(guest)
+
+
+def test_a_mark_that_a_stopped_deletion_left_is_mended(libvirtd: Daemon, guest: Guest) -> None:
+    before = Before.of(guest)
+    marked = guest.record("s1").replace(
+        f"{guest.directory}/vda.s1'/>", f"{guest.directory}/vda.s1'/><snapshotDeleteInProgress/>", 1
+    )
+    guest.handle.snapshotCreateXML(marked, libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE)
+    if "snapshotDeleteInProgress" in guest.record("s1"):
+        done = run("domain", "repair", "more", "-c", libvirtd.uri, "--yes")
+        assert done.code == 0 and "mark of a deletion" in done.out
+        print("SEEN")
+    assert masked(guest.record("s1")) == masked(before.records["s1"])
+    assert "snapshotDeleteInProgress" not in guest.record("s1")
