@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import libvirt
@@ -106,15 +106,7 @@ def test_an_unfinished_change_is_seen_and_found_from_every_directory(
     current = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT
     guest.handle.snapshotCreateXML(there(saved.records["s2"]), flags | current)
 
-    def work(look_on: object) -> None:
-        with (
-            Host(libvirtd.uri) as host,
-            planned_deletion(host, look(host, "more"), Wishes(("s1",)), "delete s1") as deletion,
-        ):
-            assert not deletion.refusals, deletion.refusals
-            carry_out(host, deletion.job, Tools(before=look_on), deletion.merge)  # type: ignore[arg-type]
-
-    assert dying(work, 12)
+    assert dying(deleting(libvirtd.uri, "s1"), 12)
     for place, name in ((guest.directory, "vda"), (away, "vdb")):
         line = run("merge", place / f"{name}.s2", "--flatten", "--yes").fails(3)
         assert "not finished" in line
@@ -129,15 +121,57 @@ def test_an_unfinished_change_is_seen_and_found_from_every_directory(
     goes_on(guest)
 
 
+def deleting(uri: str, name: str) -> Callable[[Callable[[str], None]], None]:
+    def work(before: Callable[[str], None]) -> None:
+        with (
+            Host(uri) as host,
+            planned_deletion(host, look(host, "more"), Wishes((name,)), f"delete {name}") as found,
+        ):
+            assert not found.refusals, found.refusals
+            carry_out(host, found.job, Tools(before=before), found.merge)
+
+    return work
+
+
+def test_what_a_person_does_meanwhile_is_not_undone(libvirtd: Daemon, guest: Guest) -> None:
+    """Between the stop and the recovery the guest ran, was edited, and got a snapshot."""
+    assert dying(deleting(libvirtd.uri, "s1"), 12)
+    guest.write()
+    edited = guest.xml().replace("kept &amp; true", "edited")
+    guest.handle = guest.connection.defineXML(edited)
+    guest.snapshot("meanwhile")
+    for back in ([], ["--back"]):
+        line = run("recover", guest.directory, *back).fails(3)
+        assert "meanwhile" in line and "was taken after" in line
+    metadata = libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY
+    guest.handle.snapshotLookupByName("meanwhile").delete(metadata)
+    redefine = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE
+    current = redefine | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT
+    guest.handle.snapshotCreateXML(guest.record("s2"), current)
+    guest.handle = guest.connection.defineXML(edited)
+    for target in guest.targets:
+        (guest.directory / f"{target}.meanwhile").unlink()
+    done = run("recover", guest.directory)
+    assert done.code == 0, done.err
+    assert guest.names() == ["s2"] and "edited" in guest.xml()
+    for target in guest.targets:
+        assert guest.read(guest.live(target)) == guest.points["live", target]
+        assert (
+            guest.read(Path(guest.source(guest.record("s2"), target)))
+            == (guest.points["s2", target])
+        )
+
+
 def test_a_mark_that_a_stopped_deletion_left_is_mended(libvirtd: Daemon, guest: Guest) -> None:
     before = Before.of(guest)
     marked = guest.record("s1").replace(
         f"{guest.directory}/vda.s1'/>", f"{guest.directory}/vda.s1'/><snapshotDeleteInProgress/>", 1
     )
     guest.handle.snapshotCreateXML(marked, libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE)
-    if "snapshotDeleteInProgress" in guest.record("s1"):
-        done = run("domain", "repair", "more", "-c", libvirtd.uri, "--yes")
-        assert done.code == 0 and "mark of a deletion" in done.out
-        print("SEEN")
+    assert "snapshotDeleteInProgress" in guest.record("s1")
+    words = ["-c", libvirtd.uri, "--yes"]
+    assert "repair more" in run("domain", "delete-snapshot", "more", "s2", *words).fails(3)
+    done = run("domain", "repair", "more", *words)
+    assert done.code == 0 and "mark of a deletion" in done.out
     assert masked(guest.record("s1")) == masked(before.records["s1"])
     assert "snapshotDeleteInProgress" not in guest.record("s1")

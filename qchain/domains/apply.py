@@ -20,7 +20,7 @@ from qchain.domains.records import in_order, snapshot_of
 from qchain.domains.xmltext import same
 from qchain.errors import FailedMidway, Refused
 
-__all__ = ["Records", "bring", "handle_of", "records_of"]
+__all__ = ["Records", "bring", "handle_of", "records_of", "require_known"]
 
 Before = Callable[[str], None]
 """Called before each change, with words for it: tests stop there."""
@@ -49,8 +49,32 @@ def handle_of(host: Host, uuid: str, name: str) -> Any:
         raise Refused(name, f"no domain of {host.uri} has its UUID {uuid}", "define it") from None
 
 
-def bring(host: Host, handle: Any, goal: Records, before: Before | None = None) -> None:
-    """Make the records say what `goal` says. May be stopped, and repeated.
+def require_known(host: Host, handle: Any, old: Records, goal: Records) -> None:
+    """Raise `Refused` where somebody has changed the records otherwise since the change began."""
+    name = str(handle.name())
+    present, _ = host.snapshots_xml(handle)
+    for snapshot in present.keys() - old.snapshots.keys() - goal.snapshots.keys():
+        raise Refused(
+            f"{name}: snapshot {snapshot}",
+            "was taken after the change had stopped, and is not known to it",
+            f"delete its record first: 'virsh snapshot-delete {name} {snapshot} --metadata'",
+        )
+    definition = host.domain_xml(handle)
+    alike = same(old.domain, goal.domain)
+    if not alike and not same(definition, old.domain) and not same(definition, goal.domain):
+        raise Refused(
+            name,
+            "its definition was changed after the change had stopped",
+            "undo that with 'virsh edit', and do it again afterwards",
+        )
+
+
+def bring(
+    host: Host, handle: Any, old: Records, goal: Records, before: Before | None = None
+) -> None:
+    """Make the records, which said what `old` says, say what `goal` says.
+
+    May be stopped, and repeated. What the two do not differ in is left as it is.
 
     Raises: `Refused` when the guest runs; `FailedMidway` when libvirt does not do it.
     """
@@ -67,7 +91,8 @@ def bring(host: Host, handle: Any, goal: Records, before: Before | None = None) 
             host.require_off(handle)
             with told(f"{name}: snapshot {snapshot}", changing=True):
                 handle.snapshotCreateXML(xml, current_too if becomes else redefine)
-    if not same(host.domain_xml(handle), goal.domain):
+    defines = not same(old.domain, goal.domain)
+    if defines and not same(host.domain_xml(handle), goal.domain):
         say("define")
         host.require_off(handle)
         with told(name, changing=True):
@@ -75,15 +100,15 @@ def bring(host: Host, handle: Any, goal: Records, before: Before | None = None) 
     metadata = libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY
     left, _ = host.snapshots_xml(handle)
     for snapshot in [*in_order(snapshot_of(xml, host.volume_path) for xml in left.values())][::-1]:
-        if snapshot not in goal.snapshots:
+        if snapshot in old.snapshots and snapshot not in goal.snapshots:
             say(f"delete {snapshot}")
             host.require_off(handle)
             with told(f"{name}: snapshot {snapshot}", changing=True):
                 handle.snapshotLookupByName(snapshot, 0).delete(metadata)
-    _read_back(host, handle, goal)
+    _read_back(host, handle, goal, defines)
 
 
-def _read_back(host: Host, handle: Any, goal: Records) -> None:
+def _read_back(host: Host, handle: Any, goal: Records, defines: bool) -> None:
     """Raise `FailedMidway` unless libvirt says what it was told."""
     name = str(handle.name())
     found, current = host.snapshots_xml(handle)
@@ -96,7 +121,7 @@ def _read_back(host: Host, handle: Any, goal: Records) -> None:
     ]
     if current != goal.current:
         wrong.append(f"current snapshot ({current}, not {goal.current})")
-    if not same(host.domain_xml(handle), goal.domain):
+    if defines and not same(host.domain_xml(handle), goal.domain):
         wrong.append("definition")
     if wrong:
         raise FailedMidway(name, f"libvirt gives the {sorted(wrong)[0]} back changed")

@@ -19,10 +19,10 @@ from qchain.chain.chain import open_chain
 from qchain.chain.chain_tree import ChainTree, open_tree
 from qchain.chain.gate import Gate
 from qchain.chain.scan import JOURNAL_SUFFIX, WORK_PREFIX, identity
-from qchain.domains.apply import Before, bring, handle_of
+from qchain.domains.apply import Before, bring, handle_of, require_known
 from qchain.domains.connection import Host
 from qchain.domains.journal import MERGED, Gone, Job, read_job
-from qchain.domains.records import real
+from qchain.domains.records import files_in, real
 from qchain.errors import FailedMidway, QchainError, Refused
 from qchain.hostfile import HostFile
 from qchain.plan.options import MergeOptions
@@ -108,7 +108,7 @@ def _do(
     result = None
     if job.drop:
         result = _merge(host, handle, job, tools, ready)
-    bring(host, handle, job.after, tools.before)
+    bring(host, handle, job.before, job.after, tools.before)
     _delete(host, handle, job, tools)
     tools.say("refresh")
     _refresh(host, job)
@@ -178,7 +178,7 @@ def _switching(
         tools.say(type(step).__name__)
         host.require_off(handle)
         if not done and (isinstance(step, Rename) or _deletes(step, names)):
-            bring(host, handle, job.after, tools.before)
+            bring(host, handle, job.before, job.after, tools.before)
             done = True
 
     return look
@@ -249,10 +249,11 @@ def finish(host: Host, job: Job, tools: Tools) -> None:
     """
     handle = handle_of(host, job.uuid, job.name)
     host.require_off(handle)
+    require_known(host, handle, job.before, job.after)
     merge = _merge_journal(job)
     if merge:
         # Whatever the merge has deleted by now, the records may not name.
-        bring(host, handle, job.after, tools.before)
+        bring(host, handle, job.before, job.after, tools.before)
         recover(merge, qemu=tools.qemu, observer=tools.observer)
     _do(host, handle, job, tools, None)
 
@@ -270,16 +271,30 @@ def put_back(host: Host, job: Job, tools: Tools) -> None:
     """
     handle = handle_of(host, job.uuid, job.name)
     host.require_off(handle)
+    require_known(host, handle, job.before, job.after)
+    _require_unused(host, handle, job)
     merge = _merge_journal(job)
     if merge:
         recover(merge, back=True, qemu=tools.qemu, observer=tools.observer)
     _require_whole(job)
-    bring(host, handle, job.before, tools.before)
+    bring(host, handle, job.after, job.before, tools.before)
     for make in job.make:
         if not make.keep:
             unlink_durably(make.path)
     tools.say("remove the journal")
     job.remove()
+
+
+def _require_unused(host: Host, handle: Any, job: Job) -> None:
+    """Raise `Refused` when the guest may have written to a new overlay already."""
+    used = files_in(host.domain_xml(handle), host.volume_path)
+    for make in job.make:
+        if not make.keep and real(str(make.path)) in used:
+            raise Refused(
+                make.path,
+                "is live already, and the guest may have written to it; it can only go forward",
+                "run 'qchain recover' without --back",
+            )
 
 
 def _require_whole(job: Job) -> None:
