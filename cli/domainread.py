@@ -88,6 +88,8 @@ def show(
     from .domainpicture import picture
 
     write(picture(inventory, files))
+    for path in _unfinished(files):
+        note(f"{path}: a change is not finished; 'qchain recover {path.parent}' continues it")
     for problem in problems:
         note(f"{inventory.name}: {said(problem)}; see 'qchain domain repair'")
 
@@ -131,7 +133,14 @@ def _summary(
         "disk_size": sum(image.disk_size for image in images.values()),
         "shadowed_bytes": sum(_shadowed(line[0]) for line in lines if line),
         "problems": [problem_json(problem) for problem in problems],
+        "unfinished": [str(path) for path in _unfinished(files)],
     }
+
+
+def _unfinished(files: dict[str, Files]) -> list[Path]:
+    from qchain.chain.scan import unfinished_domains
+
+    return unfinished_domains({place for each in files.values() for place in each.places()})
 
 
 def _shadowed(live: str) -> int:

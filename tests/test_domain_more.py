@@ -18,6 +18,8 @@ from qchain.domains.connection import Host
 from qchain.domains.delete import Wishes, planned_deletion
 from qchain.domains.inventory import look
 from qchain.domains.work import Tools, carry_out
+from qchain.errors import FailedMidway
+from qchain.plan.options import MergeOptions
 
 
 @pytest.fixture
@@ -112,6 +114,11 @@ def test_an_unfinished_change_is_seen_and_found_from_every_directory(
         assert "not finished" in line
         words = ["domain", "delete-snapshot", "more", "s2", "--yes", "-c", libvirtd.uri]
         assert run(*words).code == 3
+    for words in (["revert", "more", "s2"], ["snapshot", "more", "x"], ["repair", "more"]):
+        line = run("domain", *words, "-c", libvirtd.uri).fails(3)
+        assert "a change is not finished" in line
+    shown = run("domain", "show", "more", "-c", libvirtd.uri)
+    assert "'qchain recover" in shown.err
     done = run("recover", away)
     assert done.out == "domain more: delete s1: finished\n", done.err
     assert guest.names() == ["s2"] and not list(away.glob(".qchain*"))
@@ -131,6 +138,33 @@ def deleting(uri: str, name: str) -> Callable[[Callable[[str], None]], None]:
             carry_out(host, found.job, Tools(before=before), found.merge)
 
     return work
+
+
+@pytest.mark.parametrize("strategy", ["pull", "commit"])
+def test_a_failure_puts_all_back_and_says_what_is_spoilt(
+    libvirtd: Daemon, guest: Guest, strategy: str
+) -> None:
+    before = Before.of(guest)
+
+    def fail(what: str) -> None:
+        if what == "Compare":
+            raise FailedMidway("disk", "is on fire")
+
+    with Host(libvirtd.uri) as host:
+        wishes = Wishes(("s2",), MergeOptions(strategy=strategy))
+        with (
+            planned_deletion(host, look(host, "more"), wishes, "delete s2") as found,
+            pytest.raises(FailedMidway, match="is on fire") as caught,
+        ):
+            carry_out(host, found.job, Tools(before=fail), found.merge)
+    assert ("no longer read as before" in str(caught.value)) == (strategy == "commit")
+    assert ("files and records are as before" in str(caught.value)) == (strategy == "pull")
+    assert Before.of(guest) == before and not list(guest.directory.glob(".qchain*"))
+    if strategy == "pull":
+        judge(guest, before, set())
+    done = run("domain", "delete-snapshot", "more", "s2", "--yes", "-c", libvirtd.uri)
+    assert done.code == 0, done.err
+    judge(guest, before, {"s2"})
 
 
 def test_what_a_person_does_meanwhile_is_not_undone(libvirtd: Daemon, guest: Guest) -> None:

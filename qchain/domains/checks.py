@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from qchain.chain.scan import unfinished_domains
 from qchain.domains.connection import Host
 from qchain.domains.files import Files
 from qchain.domains.inventory import Inventory, others
 from qchain.domains.truth import problems_of
 
-__all__ = ["domain_refusals", "record_refusals", "use_refusals"]
+__all__ = ["domain_refusals", "record_refusals", "unfinished_refusals", "use_refusals"]
 
 
 def domain_refusals(inventory: Inventory, live: str) -> list[str]:
@@ -45,8 +46,13 @@ def domain_refusals(inventory: Inventory, live: str) -> list[str]:
 
 
 def record_refusals(inventory: Inventory, files: Mapping[str, Files]) -> list[str]:
-    """Records that are not true: what is built on them would not be either."""
-    out = []
+    """Records that are not true: what is built on them would not be either.
+
+    Those of a change that was stopped cannot be, and that is said first.
+    """
+    out = unfinished_refusals(inventory, files)
+    if out:
+        return out
     for problem in problems_of(inventory, files):
         whose = "" if problem.snapshot is None else f"snapshot {problem.snapshot}, "
         out.append(
@@ -54,6 +60,15 @@ def record_refusals(inventory: Inventory, files: Mapping[str, Files]) -> list[st
             f"'qchain domain repair {inventory.name}' first"
         )
     return out
+
+
+def unfinished_refusals(inventory: Inventory, files: Mapping[str, Files]) -> list[str]:
+    """Changes to domains that were stopped, in the directories of the images."""
+    places = {place for each in files.values() for place in each.places()}
+    return [
+        f"{inventory.name}: a change is not finished ({path}); 'qchain recover {path.parent}' first"
+        for path in unfinished_domains(places)
+    ]
 
 
 def use_refusals(host: Host, inventory: Inventory, changed: Collection[str]) -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from qchain.chain.gate import Gate
 from qchain.domains.apply import Records, records_of
-from qchain.domains.checks import domain_refusals
+from qchain.domains.checks import domain_refusals, unfinished_refusals
 from qchain.domains.connection import Host
 from qchain.domains.edit import (
     Place,
@@ -87,6 +87,7 @@ def plan_repair(host: Host, inventory: Inventory, gate: Gate, how: str = "auto")
         secrets.token_hex(3), host.uri, inventory.name, inventory.uuid, "repair", known, known
     )
     refusals = domain_refusals(inventory, f"virsh shutdown {inventory.name}")
+    refusals = refusals or unfinished_refusals(inventory, all_files(inventory, gate))
     if refusals:
         return Repair(inventory, job, (), (), tuple(refusals))
     mends: list[str] = []

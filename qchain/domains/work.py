@@ -18,7 +18,7 @@ from typing import Any
 from qchain.chain.chain import open_chain
 from qchain.chain.chain_tree import ChainTree, open_tree
 from qchain.chain.gate import Gate
-from qchain.chain.scan import JOURNAL_SUFFIX, WORK_PREFIX, identity
+from qchain.chain.scan import JOURNAL_SUFFIX, WORK_PREFIX, identity, unfinished_domains
 from qchain.domains.apply import Before, bring, handle_of, require_known
 from qchain.domains.connection import Host
 from qchain.domains.journal import MERGED, Gone, Job, read_job
@@ -69,19 +69,32 @@ def carry_out(
     tools = tools or Tools()
     handle = handle_of(host, job.uuid, job.name)
     host.require_off(handle)
+    _require_alone(job)
     tools.say("journal")
     job.write()
     try:
         return _do(host, handle, job, tools, ready)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_after(host, job, tools)) from None
+    except KeyboardInterrupt as error:
+        left = _after(host, job, tools)
+        raise KeyboardInterrupt(_spoilt(str(error)) or left) from None
     except QchainError as error:
         left = _after(host, job, tools)
+        left = _spoilt(error.todo) or left
         if job.path.exists():
             raise FailedMidway(error.what, error.why, left) from None
         if isinstance(error, FailedMidway):
             raise FailedMidway(error.what, error.why, left) from None
         raise
+
+
+def _require_alone(job: Job) -> None:
+    """Raise `Refused` when another change has begun, or was stopped, where the images are."""
+    for path in unfinished_domains({job.home, *job.allow}):
+        raise Refused(
+            job.name,
+            f"another change is not finished ({path})",
+            f"wait until it has ended, or 'qchain recover {path.parent}'",
+        )
 
 
 def _after(host: Host, job: Job, tools: Tools) -> str:
@@ -92,6 +105,11 @@ def _after(host: Host, job: Job, tools: Tools) -> str:
     except (KeyboardInterrupt, QchainError):
         return _WAY_ON.format(job.home)
     return "files and records are as before; mend this and try again"
+
+
+def _spoilt(words: str) -> str:
+    """What a merge says that has put itself back, where a dropped point has suffered."""
+    return words if "no longer read as before" in words else ""
 
 
 def _do(
