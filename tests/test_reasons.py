@@ -11,6 +11,8 @@ from fixtures.oracle import qemu_map
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Request
 
+SPACE = ["[size=8M] 8M:A", "8M:B", "6M:C"]
+
 CASES = [
     (
         ["[size=2M] 2M:A", "1600k:B", "1536k:C 448k:-"], ("l1.qcow2",), {"prefer": "writes"},
@@ -21,7 +23,7 @@ CASES = [
         ["[size=2M] 2M:A", "64k:B", "64k:- 1M:C", "1088k:- 128k:D"], ("l1.qcow2", "l2.qcow2"),
         {"prefer": "writes"},
         ("l2.qcow2 holds 84 % of what the 3 images show; merging into l2.qcow2 moves 192 KiB, "
-        "committing into l1.qcow2 1.1 MiB, pulling into l3.qcow2 1.1 MiB"),
+        "pulling into l3.qcow2 1.1 MiB, committing into l1.qcow2 1.1 MiB"),
     ),
     (
         # For little the number of commands decides.
@@ -39,6 +41,18 @@ CASES = [
         ("l2.qcow2 overwrites 6 % of l1.qcow2; committing into l1.qcow2 moves 64.0 KiB, pulling "
         "into l2.qcow2 960 KiB"),
     ),
+    (
+        SPACE, ("l1.qcow2",), {"prefer": "writes"},
+        ("l2.qcow2 overwrites 75 % of l1.qcow2; pulling into l2.qcow2 moves 2.0 MiB, committing "
+        "into l1.qcow2 6.0 MiB"),
+    ),
+    (
+        # The bytes are the same; the time decides, and is said to.
+        ["[size=2M] 2M:A", "64k:B", "64k:- 64k:C"], ("l1.qcow2",), {"prefer": "writes"},
+        ("l2.qcow2 overwrites 0 % of l1.qcow2; no way moves less than 64.0 KiB; committing into "
+        "l1.qcow2 takes an estimated 0.029 s for 64.0 KiB, pulling into l2.qcow2 0.069 s for "
+        "64.0 KiB"),
+    ),
 ]  # fmt: skip
 
 
@@ -50,6 +64,20 @@ def test_what_is_said(
     plan = disk.plan(Request(drop=drop), MergeOptions(**options))  # type: ignore[arg-type]
     (group,) = plan.as_json()["groups"]  # type: ignore[misc]
     assert group["why"].startswith(said), group["why"]
+
+
+def test_space_decides(tmp_path: Path) -> None:
+    """More is moved, but into clusters that are there: what is said is the space."""
+    disk = build(tmp_path, SPACE)
+    plan = disk.plan(Request(drop=("l1.qcow2",)), MergeOptions(prefer="space"))
+    (group,) = plan.as_json()["groups"]  # type: ignore[misc]
+    needs = {each["strategy"]: each["peak_extra_bytes"] for each in group["candidates"]}
+    commit, pull = f"{needs['commit'] / 1024:.0f} KiB", f"{needs['pull'] / 1024 / 1024:.1f} MiB"
+    assert group["chosen"] == "commit"
+    assert group["why"] == (
+        "l2.qcow2 overwrites 75 % of l1.qcow2; committing into l1.qcow2 needs "
+        f"{commit} of extra space, pulling into l2.qcow2 {pull}"
+    )
 
 
 @pytest.mark.parametrize("drop", [("l1.qcow2",), ("base.qcow2", "l1.qcow2")])

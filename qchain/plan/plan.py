@@ -82,7 +82,7 @@ class Plan:
             "engine": None if chosen is None else chosen.engine,
             "target": None if chosen is None else self.path(chosen.target),
             "result": None if plan.result is None else str(plan.result),
-            "why": reason(self.layers, plan),
+            "why": reason(self.layers, plan, self.options.prefer),
             "bitmaps": plan.bitmaps.as_json(self.options.bitmaps),
             "candidates": [
                 {
