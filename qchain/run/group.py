@@ -55,8 +55,8 @@ __all__ = ["GroupRun", "Observer"]
 class Observer(Protocol):
     """Who wants to see how it goes on. All amounts in bytes."""
 
-    def step(self, label: str, total: int) -> None:
-        """A step of `total` expected bytes begins (0: it is short)."""
+    def step(self, label: str, total: int, done: int = 0) -> None:
+        """A step begins: of `total` expected bytes `done` are (total 0: it is short)."""
 
     def advance(self, done: int, total: int) -> None:
         """How far the present step is."""

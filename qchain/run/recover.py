@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qchain.chain.chain import open_layer
@@ -50,6 +50,7 @@ from qchain.run.survey import (
     refuse_overlays,
     renumber,
 )
+from qchain.run.whole import Whole, weight_of
 from qchain.verify.compare import compare
 
 __all__ = ["Recovered", "journals_at", "recover"]
@@ -151,6 +152,7 @@ def _one(path: Path, way: _Way) -> Recovered | None:
 
 
 def _recovered(journal: Journal, way: _Way) -> Recovered:
+    way = replace(way, observer=Whole(way.observer, _left(journal)))
     for number in range(journal.group, len(journal.groups)):
         record = journal.groups[number]
         first = _where_to_begin(record, journal.step) if number == journal.group else 0
@@ -171,6 +173,13 @@ def _recovered(journal: Journal, way: _Way) -> Recovered:
                 _forward(journal, first, files, layers, way, locks)
     journal.remove()
     return Recovered(journal.path, journal.active, "finished")
+
+
+def _left(journal: Journal) -> int:
+    """Bytes that are still to be moved and compared."""
+    first = _where_to_begin(journal.groups[journal.group], journal.step)
+    ahead = [record.steps for record in journal.groups[journal.group :]]
+    return weight_of([step for steps in ahead for step in steps]) - weight_of(ahead[0][:first])
 
 
 def _still(layers: dict[FileId, Layer]) -> None:
