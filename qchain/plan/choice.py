@@ -49,7 +49,7 @@ def choices(
         bare: as `groups_of` gives them.
     """
     figures = [
-        figures_of(tree.layers, group, model, progress, exact=options.exact, behaviour=behaviour)
+        figures_of(tree.layers, group, model, progress, options=options, behaviour=behaviour)
         for group in bare
     ]
 
