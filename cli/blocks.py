@@ -37,7 +37,7 @@ def commit(
     ] = None,
     yes: Yes = False,
 ) -> None:
-    """Commit down, as virsh blockcommit: TOP's content under the name of BASE (the lowest)."""
+    """Commit TOP into BASE (or the lowest), as blockcommit."""
     from qchain.plan.words import commit_request
 
     from .merge import carry_out
@@ -66,7 +66,7 @@ def pull(
     base: Base = None,
     yes: Yes = False,
 ) -> None:
-    """Pull up, as virsh blockpull: IMAGE takes in what lies above BASE (without: all below)."""
+    """Pull into IMAGE what is above BASE (or all), as blockpull."""
     from qchain.plan.words import pull_request
 
     from .merge import carry_out
@@ -93,7 +93,7 @@ def copy(
         bool, typer.Option("--dry-run", help="Print the commands, shell-quoted, in order.")
     ] = False,
 ) -> None:
-    """Copy, as virsh blockcopy: ACTIVE's content in a new file (over BASE, if one is named)."""
+    """Copy ACTIVE's content to a new file (over BASE), as blockcopy."""
     import shlex
 
     from qchain.plan.selection import find_layer

@@ -35,7 +35,7 @@ def merge(
     common: Common,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Merge: drop points of a chain; every kept one reads as before, and that is verified."""
+    """Drop points; every kept one reads as before, and is verified."""
     from .planning import asked
 
     carry_out("merge", active, merging, common, yes, asked(merging))

@@ -296,7 +296,7 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
             "time>",
             "at risk",
         )
-        out.print(table(heads, rows))
+        out.print(table(heads, rows, out.width))
     for candidate in group.candidates:
         asked_for = (candidate.reason or "").startswith("--strategy ")
         if not candidate.feasible and not asked_for:

@@ -38,7 +38,7 @@ def rebase(
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Let IMAGE back on OTHER: it reads as before, which is proven first (exit 1: it would not)."""
+    """Let IMAGE back on OTHER, if it reads as before (exit 1: not)."""
     from qchain.chain.chain import FormatNotRecorded
     from qchain.chain.chain_tree import open_pair
     from qchain.plan.rebase import plan_rebase

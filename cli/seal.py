@@ -29,7 +29,7 @@ def seal(
         typer.Option("--output", "-o", metavar="FILE", help="The new manifest (ACTIVE.seal.json)."),
     ] = None,
 ) -> None:
-    """Write a manifest of digests: every file of the chain, and what the guest sees."""
+    """Write a manifest of digests: of every file and the content."""
     from qchain.forensics.newfile import new_file, write_all
     from qchain.forensics.seal import SEAL_SUFFIX, make_seal, seal_text
     from qchain.forensics.staleness import staleness

@@ -38,7 +38,7 @@ def snapshot(
         ),
     ] = False,
 ) -> None:
-    """Take an external snapshot: what the image holds stays, the guest writes to a new overlay."""
+    """Take an external snapshot: the guest writes to a new overlay."""
     from qchain.run.snapshot import take_snapshot
 
     from .merge import ending_in_order

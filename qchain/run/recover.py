@@ -37,6 +37,7 @@ from qchain.run.execute import Silent, named, run_group
 from qchain.run.group import GroupRun, Observer
 from qchain.run.journal import GroupRecord, Journal
 from qchain.run.journal_file import find_journals, read_journal, unwritten
+from qchain.run.lawful import given_up
 from qchain.run.locking import ChainLocks, sole
 from qchain.run.qemu_img import QemuImg
 from qchain.run.survey import (
@@ -147,8 +148,18 @@ def _one(path: Path, way: _Way) -> Recovered | None:
                     continue
                 discard_unwritten(path.with_name(f"{path.name}.new"))
                 renumber(again, files)
+                _require_any(again, files)
                 return _recovered(again, way)
     return None
+
+
+def _require_any(journal: Journal, files: Files) -> None:
+    """Raise `Refused` when every image under way is another file: there is nothing to finish."""
+    record = journal.groups[journal.group]
+    there = {file.id for file in files.values()}
+    if there.isdisjoint({record.goal.id, *(known.id for known in record.members)}):
+        why = "is about images that are not here any more: all were restored, it seems, or replaced"
+        raise Refused(journal.path, why, given_up(journal))
 
 
 def _recovered(journal: Journal, way: _Way) -> Recovered:

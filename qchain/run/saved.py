@@ -151,6 +151,8 @@ def read_saved(path: Path) -> Saved:
     """
     try:
         stored = json.loads(_content(path))
+    except UnicodeError:
+        raise _none(path, ": it is no text") from None
     except (ValueError, RecursionError) as error:
         why = "nested too deeply" if isinstance(error, RecursionError) else error
         raise _none(path, f": {why}") from None
