@@ -104,7 +104,7 @@ def copy(
     from .planning import program
     from .tables import size_text
 
-    with open_for(active, common) as chain:
+    with open_for(active, common, reads=dry_run) as chain:
         wanted = planned_copy(
             chain, destination, None if base is None else find_layer(base, chain.layers)
         )

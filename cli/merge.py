@@ -70,7 +70,8 @@ def carry_out(
     )
 
     terminal = sys.stdin is not None and sys.stdin.isatty()
-    with opened_and_planned(active, merging, common, wanted) as (chain, plan):
+    planned = opened_and_planned(active, merging, common, wanted, reads=merging.dry_run)
+    with planned as (chain, plan):
         if agrees is not None:
             agrees(plan)
         # What forbids the merge in any case comes first.

@@ -59,7 +59,7 @@ def rebase(
     with tree:
         for layer in tree.layers:
             if not common.force_share:
-                refuse_writer(layer.path, layer.file)
+                refuse_writer(layer.path, layer.file, reads=dry_run)
         with common.reporter() as reporter:
             reporter.step("comparing", tree.layers[0].size)
             made = plan_rebase(tree, other, allow_copy=allow_copy, progress=reporter.advance)

@@ -45,7 +45,7 @@ def snapshot(
     from .opening import open_for
 
     new = Path(name) if "/" in name else active.parent / name
-    with open_for(active, common) as chain:
+    with open_for(active, common, reads=False) as chain:
         others = [] if keep_active_name else _overlays(chain)
         with ending_in_order(changing=True):
             live = take_snapshot(chain, new, keep_active_name=keep_active_name)

@@ -22,6 +22,7 @@ from qchain.plan.refusals import (
     above_refusals,
     file_refusals,
     overlay_refusals,
+    scanned,
     space_refusals,
     unfinished_refusals,
 )
@@ -57,6 +58,12 @@ class Plan:
     def steps(self) -> list[Step]:
         return [step for group in self.groups for step in group.steps]
 
+    @property
+    def scanned(self) -> list[str]:
+        """The absolute names of the directories in which overlays were looked for, each once."""
+        found = scanned(self.layers, [plan.group for plan in self.groups], self.options)
+        return list(dict.fromkeys(os.path.abspath(path) for path in found))
+
     def path(self, index: int | None) -> str | None:
         """The absolute name of a layer."""
         return None if index is None else os.path.abspath(self.layers[index].path)
@@ -67,6 +74,7 @@ class Plan:
             "active": [self.path(index) for index in self.tree.actives],
             "groups": [self._group_json(group) for group in self.groups],
             "seconds_from": self.model.source,
+            "scanned": self.scanned,
             "steps": [as_json(step, program) for step in self.steps],
             "refusals": list(self.refusals),
         }
