@@ -20,6 +20,7 @@ from pathlib import Path
 from qchain.chain.chain import open_layer
 from qchain.chain.gate import Gate
 from qchain.chain.layer import Layer
+from qchain.chain.scan import places_of
 from qchain.errors import FailedMidway, ImageError, Refused
 from qchain.hostfile import FileId, HostFile
 from qchain.plan.steps import (
@@ -34,6 +35,8 @@ from qchain.plan.steps import (
 from qchain.run.bitmaps import bitmap_command, follow_kept, place_again
 from qchain.run.durable import discard_unwritten
 from qchain.run.execute import Silent, named, run_group
+from qchain.run.goback import altered as altered_points
+from qchain.run.goback import put_back, resume, resume_at
 from qchain.run.group import GroupRun, Observer
 from qchain.run.journal import GroupRecord, Journal
 from qchain.run.journal_file import find_journals, read_journal, unwritten
@@ -81,10 +84,11 @@ def journals_at(where: Path) -> list[Path]:
     if where.is_dir():
         return find_journals([where]) + unwritten(where)
     name = where.absolute()
-    found = [path for path in find_journals([name.parent]) if _concerns(path, name)]
+    places = sorted(places_of(name))
+    found = [path for path in find_journals(places) if _concerns(path, name)]
     if not found and not where.exists():
         raise ImageError(where, "no such file, and no journal names it", "name its directory")
-    return found + unwritten(name.parent)
+    return found + [path for place in places for path in unwritten(place)]
 
 
 def _concerns(journal: Path, name: Path) -> bool:
@@ -249,7 +253,7 @@ def _forward(
     views = [layers[known.id] for known in record.layers] if content else []
     run = GroupRun(record, views, journal.verify, way.qemu, way.observer, locks)
     run.journal = journal
-    run.resume(first)
+    resume(run, first)
     try:
         follow_kept(run, journal, first)
         if changed:
@@ -311,15 +315,15 @@ def _all_there(record: GroupRecord, layers: dict[FileId, Layer]) -> bool:
 def _back(run: GroupRun, journal: Journal, give_up_dropped: bool) -> Recovered:
     """Undo the group under way; what it had begun may have been done or not."""
     run.journal = journal
-    run.resume(journal.step)
-    run.resume_at(journal.step)
+    resume(run, journal.step)
+    resume_at(run, journal.step)
     if run.switched:
         raise Refused(
             journal.active,
             "the merge has already switched to its result; it can only go forward",
             "run 'qchain recover' without --back",
         )
-    altered = run.altered(journal.step)
+    altered = altered_points(run, journal.step)
     if altered and not give_up_dropped:
         raise Refused(
             journal.active,
@@ -328,7 +332,7 @@ def _back(run: GroupRun, journal: Journal, give_up_dropped: bool) -> Recovered:
             "run 'qchain recover' to finish, or add --give-up-dropped to go back all the same",
         )
     follow_kept(run, journal, journal.step)
-    if not run.put_back():
+    if not put_back(run):
         raise FailedMidway(journal.active, "could not be put back as it was")
     journal.remove()
     return Recovered(journal.path, journal.active, "put back", tuple(altered))
