@@ -90,10 +90,7 @@ def merged(
         with open_chain(disk.active) as chain:
             for each in (strategy, *STRATEGIES):
                 options = MergeOptions(
-                    strategy=each,
-                    names="kept" if each == "copy" else "target",
-                    allow_format_change=True,
-                    exact=exact,
+                    strategy=each, names="target", allow_format_change=True, exact=exact
                 )
                 plan = make_plan(chain, Request(drop=tuple(names)), options)
                 if not plan.refusals:
@@ -141,22 +138,5 @@ def test_with_exact_any_contents_are_predicted_exactly(
     layers: list[LayerSpec], drop: list[bool], strategy: str
 ) -> None:
     found = merged(layers, drop, strategy, exact=True)
-    if found is not None:
-        assert (found.read, found.written) == (found.real.read, found.real.written)
-
-
-@settings(MANY, max_examples=max(20, COUNT // 4))
-@given(layers=CHAINS, drop=DROPS)
-def test_a_copy_is_predicted_at_most(layers: list[LayerSpec], drop: list[bool]) -> None:
-    """convert leaves out the zeroes that it finds, and where it looks for them is not followed."""
-    found = merged(layers, drop, "copy")
-    if found is not None:
-        assert found.read >= found.real.read and found.written >= found.real.written
-
-
-@settings(MANY, max_examples=max(20, COUNT // 4))
-@given(layers=CHAINS, drop=DROPS)
-def test_a_copy_of_unique_contents(layers: list[LayerSpec], drop: list[bool]) -> None:
-    found = merged(unique(layers), drop, "copy")
     if found is not None:
         assert (found.read, found.written) == (found.real.read, found.real.written)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from merging import build
 
-from fixtures.oracle import qemu_map
+from fixtures.oracle import qemu_io, qemu_map, raw_of
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Request
 
@@ -89,7 +89,20 @@ def test_a_copy_writes_what_was_said(tmp_path: Path, drop: tuple[str, ...]) -> N
     plan, _ = disk.merge(drop, options)
     (group,) = plan.groups
     assert group.chosen is not None and group.chosen.strategy == "copy"
+    assert not group.chosen.exact
     own = [each for each in qemu_map(disk.active) if each["depth"] == 0 and each["data"]]
     assert group.chosen.write_bytes == sum(each["length"] for each in own)
     size = disk.active.stat().st_size
     assert size <= group.chosen.target_growth_bytes <= size + (512 << 10)
+
+
+def test_a_copy_leaves_out_zeroes_in_data(tmp_path: Path) -> None:
+    """So what is said is the most, with `--exact` too."""
+    disk = build(tmp_path, ["[size=2M] 1M:A", "64k:B", "64k:C 960k:D"])
+    qemu_io(disk.active, ["write -q -P 0 128k 512k"], "qcow2")
+    disk.points[disk.active.name] = raw_of(disk.active)
+    plan, _ = disk.merge(("l1.qcow2",), MergeOptions(strategy="copy", exact=True))
+    chosen = plan.groups[0].chosen
+    assert chosen is not None and not chosen.exact and chosen.write_bytes == 1 << 20
+    own = [each for each in qemu_map(disk.active) if each["depth"] == 0 and each["data"]]
+    assert sum(each["length"] for each in own) == 512 << 10
