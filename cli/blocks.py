@@ -73,14 +73,13 @@ def pull(
     from .planning import options_of
 
     options = options_of(carrying)
-    carry_out(
-        "pull",
-        [image],
-        carrying,
-        common,
-        yes,
-        lambda chain: pull_request(chain.layers, base, options),
-    )
+
+    def wanted(chain: ChainTree) -> tuple[Request, MergeOptions]:
+        if len(chain.layers) == 1 and not common.json and not carrying.dry_run:
+            write(f"{printable(image)} has no backing file: there is nothing below it.\n")
+        return pull_request(chain.layers, base, options)
+
+    carry_out("pull", [image], carrying, common, yes, wanted)
 
 
 @command

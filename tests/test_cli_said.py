@@ -73,11 +73,15 @@ def test_the_summaries_are_whole() -> None:
     assert not any("..." in line for line in commands)
 
 
-@pytest.mark.parametrize("words", [["commit"], ["pull"], ["commit", "--top", "base.qcow2"]])
+@pytest.mark.parametrize("words", [["commit"], ["commit", "--top", "base.qcow2"]])
 def test_nothing_is_below_a_base(disk: Disk, words: list[str]) -> None:
     image = disk.paths[-1] if "--top" in words else disk.paths[0]
     said = run(*words, image, "--yes").fails(2)
     assert f"{disk.paths[0]}: has no backing file: there is nothing below it" in said
+    done = run("pull", disk.paths[0], "--yes")
+    assert done.code == 0
+    assert f"{disk.paths[0]} has no backing file: there is nothing below it." in done.out
+    assert "nothing to do" in done.out
 
 
 WRITING = [

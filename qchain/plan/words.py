@@ -25,12 +25,16 @@ def commit_request(
     The file of `base` then holds the content of `top`, under the name of `base`; the points
     of `base` and of what lies between vanish, and so does the name of `top`.
 
-    Raises: `UsageError` when `base` is not below `top`, or one is not in the chain.
+    Raises: `UsageError` when `base` is not below `top`, nothing is, or one is not in the chain.
     """
     above = 0 if top is None else find_layer(top, layers)
     below = len(layers) - 1 if base is None else find_layer(base, layers)
     if above == len(layers) - 1:
-        raise _nothing_below(layers[above], "commit into")
+        raise UsageError(
+            layers[above].path,
+            "has no backing file: there is nothing below it to commit into",
+            "name an image above it ('qchain tree' shows them)",
+        )
     if below <= above:
         raise UsageError(
             layers[below].path,
@@ -48,11 +52,8 @@ def pull_request(
 
     Where nothing lies between, the request drops nothing.
 
-    Raises: `UsageError` when `base` is the image itself or not in its chain, or the image has
-        nothing below it.
+    Raises: `UsageError` when `base` is the image itself or not in its chain.
     """
-    if len(layers) == 1:
-        raise _nothing_below(layers[0], "pull from")
     below = len(layers) if base is None else find_layer(base, layers)
     if below == 0:
         raise UsageError(layers[0].path, "cannot be its own base", "name an image below it")
@@ -63,11 +64,3 @@ def pull_request(
     else:
         request = Request(keep=rest) if rest else Request(flatten=True)
     return request, replace(options, strategy="pull", names="kept")
-
-
-def _nothing_below(layer: Layer, what: str) -> UsageError:
-    """The image is the end of its chain."""
-    why = f"has no backing file: there is nothing below it to {what}"
-    return UsageError(
-        layer.path, why, "name an image above it ('qchain tree' shows who backs on it)"
-    )
