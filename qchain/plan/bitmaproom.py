@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from qchain.chain.layer import Layer, Qcow2Layer
 from qchain.errors import ImageError
-from qchain.plan.bitmaps import Carried, fate_of, has_bitmaps
+from qchain.plan.bitmaps import Carried, Fate, fate_of, has_bitmaps
 from qchain.plan.commands import EMPTY_CLUSTER, empty_image_bytes
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
@@ -69,6 +70,11 @@ class BitmapCount:
         self.has_any = any(has_bitmaps(layers[index]) for index in group.members)
         self._bits: dict[tuple[str, int], int] = {}
 
+    @cached_property
+    def fate(self) -> Fate:
+        """Of a pull. What is carried is the same for every target; of another one all go."""
+        return fate_of(self.layers, self.group, self.group.kept, self.options)
+
     def room(self, target: int) -> BitmapRoom:
         """Of `target`, a layer index. What cannot be read counts nothing: it is refused anyway."""
         layer = self.layers[target]
@@ -82,7 +88,7 @@ class BitmapCount:
     def _room(self, layer: Qcow2Layer, target: int) -> BitmapRoom:
         header = layer.header
         assert header is not None
-        fate = fate_of(self.layers, self.group, target, self.options)
+        fate = self.fate
         there = bitmap_clusters(layer.file, header)
         carried = [self._clusters(each, layer.cluster_size) for each in fate.carried]
         entries = [_entry(each.name) for each in fate.carried]
