@@ -215,6 +215,7 @@ def _well_typed(step: Step) -> bool:
         kinds = {
             **dict.fromkeys(("argv", "writes", "names", "gone"), tuple),
             "weight": int,
+            "room": int,
             "commits": bool,
         }
         if isinstance(value, Path):
