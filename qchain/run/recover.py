@@ -160,8 +160,9 @@ def _one(path: Path, way: _Way) -> Recovered | None:
 def _require_any(journal: Journal, files: Files) -> None:
     """Raise `Refused` when every image under way is another file: there is nothing to finish."""
     record = journal.groups[journal.group]
-    there = {file.id for file in files.values()}
-    if there.isdisjoint({record.goal.id, *(known.id for known in record.members)}):
+    # Not by their device: its number may be another one after a mount.
+    there = {file.id.inode for file in files.values()}
+    if there.isdisjoint(known.id.inode for known in (record.goal, *record.members)):
         why = "is about images that are not here any more: all were restored, it seems, or replaced"
         raise Refused(journal.path, why, given_up(journal))
 
