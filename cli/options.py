@@ -187,7 +187,7 @@ class Carrying:
     ] = False
     keep_files: Annotated[bool, typer.Option("--keep-files", help="Delete nothing.")] = False
     verify: Annotated[
-        str, typer.Option("--verify", metavar="MODE", help="moved, full or none.")
+        str, typer.Option("--verify", metavar="MODE", help="moved, full, manifest or none.")
     ] = "moved"
     bitmaps: Annotated[
         str,

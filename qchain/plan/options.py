@@ -48,9 +48,6 @@ class MergeOptions:
                 raise UsageError(
                     option, f"{value!r} is not possible", f"one of: {', '.join(known)}"
                 )
-        for what, wanted in (
-            ("--engine native", self.engine == "native"),
-            ("--verify manifest", self.verify == "manifest"),
-        ):
+        for what, wanted in (("--engine native", self.engine == "native"),):
             if wanted:
                 raise Refused(what, "not in this version yet", "leave it out")
