@@ -39,7 +39,7 @@ def test_where_overlays_were_looked_for(disk: Disk, tmp_path: Path) -> None:
         ("--engine", ENGINES, "native"),
         ("--names", NAMES, None),
         ("--prefer", PREFER, None),
-        ("--verify", VERIFY, "manifest"),
+        ("--verify", VERIFY, None),
     ],
 )
 def test_only_what_there_is_is_offered(

@@ -24,9 +24,9 @@ STRATEGIES = ("auto", "pull", "commit", "both", "copy")
 ENGINES = ("auto", "qemu-img")
 NAMES = ("kept", "lowest", "target")
 PREFER = ("time", "writes", "space")
-VERIFY = ("moved", "full", "none")
+VERIFY = ("moved", "full", "manifest", "none")
 BITMAPS = ("refuse", "carry", "drop")
-_LATER = {"--engine": "native", "--verify": "manifest"}
+_LATER = {"--engine": "native"}
 
 
 def one_of(values: Sequence[str]) -> str:

@@ -33,6 +33,7 @@ from qchain.plan.steps import (
     SymbolicLink,
     Sync,
     TakeAttributes,
+    TakeManifest,
     Unlink,
 )
 from qchain.qcow2.header import read_header
@@ -112,6 +113,11 @@ class GroupRun:
             case Freeze(_, into):
                 self.made += [into, rescued_beside(into)]
                 self.old.freeze(into)
+            case TakeManifest(_, into):
+                self.made.append(into)
+                self.observer.step("digest", step.weight)
+                self.old.take_manifest(into, self.observer.advance)
+                fsync_directory(into.parent)
             case Compare():
                 self.observer.step("verify", step.weight)
                 full = self.verify == "full"

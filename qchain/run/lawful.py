@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qchain.chain.scan import JOURNAL_SUFFIX, WORK_PREFIX, identity
 from qchain.errors import ImageError, Refused
-from qchain.plan.names import SAVED_SUFFIX
+from qchain.plan.names import MANIFEST_SUFFIX, SAVED_SUFFIX
 from qchain.plan.steps import (
     Adopt,
     Command,
@@ -28,6 +28,7 @@ from qchain.plan.steps import (
     SymbolicLink,
     Sync,
     TakeAttributes,
+    TakeManifest,
     Unlink,
 )
 from qchain.run.journal import GroupRecord, Journal
@@ -109,9 +110,12 @@ class _Rule:
                 return self.group.copy is not None and self._new(image)
             case Freeze(image, into):
                 return image in self.members and self._work(into)
+            case TakeManifest(image, into):
+                return image in self.members and self._work(into)
             case Compare(old, new, below):
                 return (
                     old in self.members
+                    and (step.manifest is None or self._work(step.manifest))
                     and (new in self.members or self._work(new))
                     and (below is None or below in self.chain)
                 )
@@ -122,6 +126,8 @@ class _Rule:
             case MakeDirectory(path) | RemoveDirectory(path):
                 return self._beside(path)
             case HardLink(existing, link):
+                if self._saved(link, MANIFEST_SUFFIX):
+                    return self._work(existing)
                 return existing in self.members and (self._work(link) or self._saved(link))
             case SymbolicLink(target, link):
                 return target in self.chain and self._work(link)
@@ -194,10 +200,10 @@ class _Rule:
         """A work file: beside an image, or in a work directory there."""
         return path.name != ".." and (self._beside(path) or self._beside(path.parent))
 
-    def _saved(self, path: Path) -> bool:
-        """The further name that --keep-files gives to a replaced file."""
+    def _saved(self, path: Path, suffix: str = SAVED_SUFFIX) -> bool:
+        """The further name that --keep-files gives to a replaced file, or to the manifest."""
         return any(
-            path.parent == member.parent and path.name.startswith(member.name + SAVED_SUFFIX)
+            path.parent == member.parent and path.name.startswith(member.name + suffix)
             for member in self.members
         )
 

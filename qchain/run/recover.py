@@ -31,6 +31,7 @@ from qchain.plan.steps import (
     Rename,
     SymbolicLink,
     Sync,
+    TakeManifest,
 )
 from qchain.run.bitmaps import bitmap_command, follow_kept, place_again
 from qchain.run.durable import discard_unwritten
@@ -38,6 +39,7 @@ from qchain.run.execute import Silent, named, run_group
 from qchain.run.goback import altered as altered_points
 from qchain.run.goback import put_back, resume, resume_at
 from qchain.run.group import GroupRun, Observer
+from qchain.run.identity import state_of
 from qchain.run.journal import GroupRecord, Journal
 from qchain.run.journal_file import find_journals, read_journal, unwritten
 from qchain.run.lawful import given_up
@@ -250,6 +252,9 @@ def _forward(
     record = journal.groups[journal.group]
     changed = examine(journal, record, first, files)
     refuse_overlays(journal, first, "or try 'qchain recover --back'")
+    kept = record.layers[0]
+    # By a guest, or by the merge itself, which may only have opened it.
+    written = kept.path not in files or state_of(files[kept.path]) != kept.state
     content = any(moves_content(step) for step in record.steps[first:])
     views = [layers[known.id] for known in record.layers] if content else []
     run = GroupRun(record, views, journal.verify, way.qemu, way.observer, locks)
@@ -259,10 +264,27 @@ def _forward(
         follow_kept(run, journal, first)
         if changed:
             _carry(run, journal, first, layers)
+        if written:
+            _take_manifest_again(run, first)
     except BaseException:
         run.close()
         raise
     run_group(run, journal, journal.group, first)
+
+
+def _take_manifest_again(run: GroupRun, first: int) -> None:
+    """Of the kept image as it is now.
+
+    Not where it is what is merged into: its old view holds nothing newer.
+    """
+    record = run.record
+    if record.target == 0 and record.copy is None:
+        return
+    if not any(isinstance(step, Compare) for step in record.steps[first:]):
+        return
+    for step in record.steps[:first]:
+        if isinstance(step, TakeManifest):
+            run.perform(step)
 
 
 def _carry(run: GroupRun, journal: Journal, first: int, layers: dict[FileId, Layer]) -> None:
