@@ -71,7 +71,7 @@ def verify(
         ),
     ] = None,
 ) -> None:
-    """Hold a chain against its seal or manifest (exit 0: same, 1: not)."""
+    """Hold a chain against its seal or manifest (exit 1: changed)."""
     if (seal is None) == (manifest is None):
         raise UsageError("verify", "is held against one file", "add --seal FILE or --manifest FILE")
     if manifest is not None:
