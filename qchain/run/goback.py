@@ -11,7 +11,16 @@ from qchain.chain.scan import WORK_PREFIX
 from qchain.errors import FailedMidway, QchainError
 from qchain.hostfile import HostFile
 from qchain.plan.commands import rebase_unsafe_argv, unlocked_argv
-from qchain.plan.steps import Command, Freeze, HardLink, MakeDirectory, Rename, SymbolicLink, Unlink
+from qchain.plan.steps import (
+    Command,
+    Freeze,
+    HardLink,
+    MakeDirectory,
+    Rename,
+    SymbolicLink,
+    TakeManifest,
+    Unlink,
+)
 from qchain.qcow2.header import read_header
 from qchain.run.bitmaps import give_back
 from qchain.run.confirm import confirm
@@ -50,6 +59,8 @@ def resume_at(run: GroupRun, index: int, *, done: bool = False) -> None:
             run.made += [into, rescued_beside(into)]
             if done and into.exists() and run.old.layers:
                 run.old.look_back(into)
+        case TakeManifest(_, into):
+            run.made.append(into)
         case HardLink(existing, link):
             run.note_link(existing, link)
         case SymbolicLink(_, link):
