@@ -112,6 +112,27 @@ def test_an_image_in_use_forbids_it(libvirtd: Daemon, guest: Guest) -> None:
     assert not list(guest.directory.glob(".qchain-*"))
 
 
+def test_a_block_device_has_no_place_for_overlays(
+    libvirtd: Daemon, guest: Guest, tmp_path: Path
+) -> None:
+    backing = tmp_path / "device"
+    backing.write_bytes(bytes(1 << 20))
+    argv = ["losetup", "--find", "--show", backing]
+    device = subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        other = Guest.define(libvirtd, tmp_path / "other", "other", ("vda",), "raw")
+        xml = other.xml().replace("<disk type='file' device='disk'>", "<disk type='block' "
+                                  "device='disk'>")  # fmt: skip
+        xml = xml.replace(f"<source file='{other.live('vda')}'/>", f"<source dev='{device}'/>")
+        other.connection.defineXML(xml)
+        line = run("domain", "snapshot", "other", "x", "-c", libvirtd.uri).fails(3)
+        assert f"{device} is a block device" in line
+        assert run("domain", "show", "other", "-c", libvirtd.uri).code == 0
+        other.remove()
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
 def test_records_that_are_not_true_forbid_it(libvirtd: Daemon, guest: Guest) -> None:
     gone = guest.directory / "vda.img"
     shutil.copy(gone, guest.directory / "copy")

@@ -97,10 +97,15 @@ def plan_revert(
         state = snapshot.keeps(target)
         if state is not None:
             below = Path(state)
+            if below.is_block_device():
+                refusals.append(_on_device(target, below))
+                continue
             path = free_name(below.parent, f"{_stem(below)}.revert-{_plain(name)}")
             image = files[target].images[real(state)]
             make.append(Make(path, below, image.format))
             places[target] = Place(str(path), "qcow2")
+    if refusals:
+        return Branch(inventory, empty, tuple(refusals))
     after = Records(
         _definition(inventory, snapshot, places),
         _following(inventory, snapshot, files, places),
@@ -193,6 +198,13 @@ def _following(
     return records
 
 
+def _on_device(target: str, path: Path) -> str:
+    return (
+        f"{target}: {path} is a block device, beside which no overlay can lie; naming another "
+        "directory comes with a later version"
+    )
+
+
 def _abandoned(inventory: Inventory, target: str, files: Files, snapshot: Snapshot) -> list[str]:
     """Images that nothing needs once the live one is left, the uppermost first.
 
@@ -269,12 +281,17 @@ def plan_snapshot(
         path = Path(disk.source.path)
         new = path.with_name(f"{_stem(path)}.{_plain(name)}")
         image = files[target].images[real(str(path))]
+        if path.is_block_device():
+            refusals.append(_on_device(target, path))
+            continue
         if new.exists() or new.is_symlink():
             refusals.append(f"{new}: exists already; choose another name")
         below, above = (new, path) if keep_active_name else (path, new)
         make.append(Make(above, below, image.format, keep_active_name))
         states[target] = Place(str(below), image.format)
         overlays[target] = Place(str(above), "qcow2")
+    if refusals:
+        return Branch(inventory, empty, tuple(refusals))
     definition = inventory.xml
     for target, place in overlays.items():
         definition = with_source(definition, target, place)
