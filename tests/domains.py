@@ -142,6 +142,8 @@ def follows(guest: Guest) -> None:
             assert guest.read(Path(state)) == guest.points[name, target], name
             if name in names:
                 assert guest.overlay(record, target) == chain[chain.index(state) - 1], name
+            elif guest.handle.snapshotLookupByName(name).numChildren():
+                assert Path(guest.overlay(record, target)).exists(), name
     # No snapshot that libvirt 9.9 would delete together with its state has a state still needed.
     for name in guest.names():
         leaf = not guest.handle.snapshotLookupByName(name).numChildren()

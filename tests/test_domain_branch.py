@@ -10,7 +10,7 @@ from pathlib import Path
 
 import libvirt
 import pytest
-from cli_runner import Result, run
+from cli_runner import Result, command, run
 from domains import Before, backing_chain, follows, goes_on, judge
 from libvirtd import Daemon, Guest
 
@@ -82,7 +82,9 @@ def test_discard_removes_the_abandoned_branch_only(libvirtd: Daemon, guest: Gues
     assert names == {"cd.iso"} | {
         f"{target}.{end}" for target in guest.targets for end in ("img", "s1", "revert-s1")
     }
-    assert run("domain", "revert", guest.name, "s2", "-c", libvirtd.uri).code == 2
+    # Nobody is there to be asked.
+    line = command("domain", "revert", guest.name, "s2", "--discard", "-c", libvirtd.uri).fails(2)
+    assert "--yes" in line and guest.current() == "s1"
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["T1", "T15"])
@@ -113,6 +115,31 @@ def test_a_snapshot_is_as_libvirt_would_take_it(libvirtd: Daemon, guest: Guest, 
     before = Before.of(guest)
     domain(libvirtd, "delete-snapshot", guest.name, "mine", "--yes")
     judge(guest, before, {"mine"})
+
+
+def test_a_disk_that_snapshots_leave_out_stays_as_it_is(libvirtd: Daemon, guest: Guest) -> None:
+    out = guest.xml().replace("<disk type='file' device='disk'>", "<disk type='file' device='disk' "
+                              "snapshot='no'>")  # fmt: skip
+    # Only the second one.
+    head, second = guest.xml().split("<target dev='vda'")[0], out.split("<target dev='vda'")[1]
+    guest.handle = guest.connection.defineXML(f"{head}<target dev='vda'{second}")
+    guest.write()
+    guest.points["s1", "vda"] = guest.points["live", "vda"]
+    domain(libvirtd, "snapshot", guest.name, "s1")
+    assert [guest.live(target).name for target in guest.targets] == ["vda.s1", "vdb.img"]
+    guest.write()
+    guest.handle.snapshotCreateXML(
+        "<domainsnapshot><name>s2</name></domainsnapshot>",
+        libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY,
+    )
+    assert guest.live("vdb").name == "vdb.img"
+    guest.write()
+    domain(libvirtd, "revert", guest.name, "s1", "--yes", "--discard")
+    assert guest.read(guest.live("vda")) == guest.points["s1", "vda"]
+    assert guest.read(guest.live("vdb")) == guest.points["live", "vdb"]
+    domain(libvirtd, "flatten", guest.name, "--disk", "vda", "--yes")
+    assert guest.names() == [] and guest.read(guest.live("vda")) == guest.points["s1", "vda"]
+    assert guest.read(guest.live("vdb")) == guest.points["live", "vdb"]
 
 
 def test_flatten_is_row_t18(libvirtd: Daemon, guest: Guest) -> None:

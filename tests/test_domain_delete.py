@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cli_runner import Result, run
-from domains import Before, goes_on, judge
+from domains import Before, backing_chain, goes_on, judge, qemu_img
 from libvirtd import Daemon, Guest
 
 Make = Callable[..., Guest]
@@ -71,3 +71,35 @@ def subsets(libvirtd: Daemon, make: Make, chance: random.Random) -> None:
                 delete(libvirtd, guest, name)
         judge(guest, before, set(gone))
         goes_on(guest)
+
+
+@pytest.mark.parametrize("strategy", ["pull", "commit", "both", "copy"])
+def test_every_way_of_merging_keeps_names(libvirtd: Daemon, make: Make, strategy: str) -> None:
+    """Rows T3 to T14: whichever image takes the data, the names that are kept stay."""
+    guest = make(3)
+    before = Before.of(guest)
+    # In the middle of three there is something to pull and something to commit.
+    words = ["domain", "delete-snapshot", guest.name, "s1", "s2", "--yes", "-c", libvirtd.uri]
+    done = run(*words, "--strategy", strategy, "--verify", "full", "--json")
+    assert done.code == 0, done.err
+    assert [each["chosen"] for each in done.json["groups"]] == [strategy]
+    judge(guest, before, {"s1", "s2"})
+    goes_on(guest)
+
+
+def test_a_template_is_not_the_domains_to_delete(
+    libvirtd: Daemon, make: Make, tmp_path: Path
+) -> None:
+    guest = make(0)
+    template = tmp_path / "templates" / "golden.qcow2"
+    template.parent.mkdir()
+    guest.live("vda").rename(template)
+    qemu_img("create", "-f", "qcow2", "-F", "qcow2", "-b", template, guest.live("vda"))
+    guest.grow("s1", "s2")
+    before, content = Before.of(guest), template.read_bytes()
+    words = ["domain", "flatten", guest.name, "--yes", "-c", libvirtd.uri]
+    assert f"--allow {template.parent}" in run(*words).fails(3)
+    assert run(*words, "--allow", template.parent).code == 0
+    judge(guest, before, {"s1", "s2"})
+    assert template.read_bytes() == content
+    assert backing_chain(guest.live("vda")) == [str(guest.live("vda")), str(template)]

@@ -269,13 +269,13 @@ def plan_snapshot(
         return Branch(inventory, empty, tuple(refusals))
     files = all_files(inventory, gate)
     refusals = record_refusals(inventory, files)
-    if not files:
+    if all(inventory.disks[target].excluded for target in files):
         refusals.append(f"{inventory.name}: has no disk that a snapshot could be taken of")
     if refusals:
         return Branch(inventory, empty, tuple(refusals))
     make, states, overlays = [], {}, {}
     for target, disk in inventory.disks.items():
-        if target not in files:
+        if target not in files or disk.excluded:
             continue
         assert disk.source.path is not None
         path = Path(disk.source.path)

@@ -52,15 +52,19 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class DomainDisk:
-    """A disk of a domain. `chain`: an explicit <backingStore>, None where libvirt probes.
+    """A disk of a domain.
 
-    An empty one ends the chain: its last source has kind "".
+    Attributes:
+        chain: an explicit <backingStore>, None where libvirt probes. An empty one ends the
+            chain: its last source has kind "".
+        excluded: snapshots leave it out (read-only, or snapshot='no').
     """
 
     target: str
     device: str
     source: Source
     chain: tuple[Source, ...] | None = None
+    excluded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +120,9 @@ def disks_of(domain: Element, volumes: Volumes) -> dict[str, DomainDisk]:
         if target is None or device not in ("disk", "lun"):
             continue
         name = target.getAttribute("dev")
-        out[name] = DomainDisk(name, device, _source(disk, volumes), _explicit(disk, volumes))
+        excluded = disk.getAttribute("snapshot") == "no" or child(disk, "readonly") is not None
+        source, chain = _source(disk, volumes), _explicit(disk, volumes)
+        out[name] = DomainDisk(name, device, source, chain, excluded)
     return out
 
 
