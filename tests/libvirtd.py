@@ -128,7 +128,7 @@ class Guest:
 <os><type arch='x86_64' machine='pc'>hvm</type></os><devices>{disks}
 <disk type='file' device='cdrom'><driver name='qemu' type='raw'/>
 <source file='{directory}/cd.iso'/><target dev='hdc' bus='ide'/><readonly/></disk>
-<graphics type='vnc' autoport='yes' passwd='sesame'/></devices>
+<graphics type='vnc' passwd='sesame'><listen type='none'/></graphics></devices>
 <qemu:commandline><qemu:env name='KEPT' value='yes'/></qemu:commandline></domain>"""
         connection = daemon.connect()
         return cls(connection, name, directory, connection.defineXML(xml), tuple(targets))
