@@ -47,7 +47,7 @@ def _files(inventory: Inventory, target: str, files: Files) -> list[str]:
         name, depth = stack.pop()
         image = files.images[name]
         place = "    " * (depth + 1) + Path(image.path).name
-        size = f"{image.format}, {size_text(image.disk_size)}"
+        size = f"{image.format}, {size_text(image.disk_size)}, {image.owner}"
         rows.append((place, size, ", ".join(roles.get(name, ["named by no record"]))))
         stack += [(each, depth + 1) for each in above.get(name, [])[::-1]]
     width = max((len(place) for place, _, _ in rows), default=0)

@@ -180,6 +180,7 @@ def _details(
                     "virtual_size": image.virtual_size,
                     "disk_size": image.disk_size,
                     "backing": image.below,
+                    "owner": image.owner,
                 }
                 for image in files[target].images.values()
             ],

@@ -16,9 +16,13 @@ def domains_at(where: Path, back: bool, observer: Observer) -> list[dict[str, st
 
     Raises: what `qchain.domains.work.recover_job` raises.
     """
-    from qchain.chain.scan import unfinished_domains
+    from qchain.chain.scan import DOMAIN_SUFFIX, WORK_PREFIX, unfinished_domains
+    from qchain.run.durable import discard_unwritten
 
     directory = where if where.is_dir() else where.absolute().parent
+    for path in directory.glob(f"{WORK_PREFIX}*{DOMAIN_SUFFIX}.new"):
+        # Killed while it was written for the first time: nothing had begun.
+        discard_unwritten(path)
     if not unfinished_domains([directory]):
         return []
     from qchain.domains.journal import domain_journals_at

@@ -23,7 +23,7 @@ def test_which_file_is_which_snapshots_is_shown(libvirtd: Daemon, guest: Guest) 
     assert shown.code == 0 and shown.err == ""
     lines = [" ".join(line.split()) for line in shown.out.splitlines()]
     assert "mon (about mon)" in lines and "tue (about tue) <- current" in lines
-    roles = {line.split()[0]: line.rpartition("iB ")[2] for line in lines if "iB " in line}
+    roles = {line.split()[0]: line.rpartition("iB, root ")[2] for line in lines if "iB, " in line}
     assert roles["vda.img"] == "state of mon"
     assert roles["vda.mon"] == "overlay of mon, state of tue"
     assert roles["vdb.tue"] == "live, overlay of tue"

@@ -196,6 +196,28 @@ def test_what_a_person_does_meanwhile_is_not_undone(libvirtd: Daemon, guest: Gue
         )
 
 
+def test_a_journal_that_was_never_whole_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".qchain-abcdef.domain.new").write_text('{"qchain_do')
+    assert run("recover", tmp_path).out == "Nothing is unfinished.\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{}", "not a journal"),
+        ("[" * 100000, "not a journal"),
+        ('{"qchain_domain": 1, "see": "/none/.qchain-1.domain"}', "no such file"),
+        ('{"qchain_domain": 1, "token": 5}', "not a journal"),
+    ],
+)
+def test_a_journal_that_is_none_is_not_followed(tmp_path: Path, text: str, why: str) -> None:
+    (tmp_path / ".qchain-abcdef.domain").write_text(text)
+    assert why in run("recover", tmp_path).fails(4)
+    (tmp_path / ".qchain-abcdef.domain").chmod(0o666)
+    assert "can write to it" in run("recover", tmp_path).fails(3)
+
+
 def test_a_mark_that_a_stopped_deletion_left_is_mended(libvirtd: Daemon, guest: Guest) -> None:
     before = Before.of(guest)
     marked = guest.record("s1").replace(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +20,14 @@ __all__ = ["Files", "ImageFile", "all_files", "files_of"]
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """An image: sizes in bytes, `below` the real name of its backing file."""
+    """An image: sizes in bytes, `below` the real name of its backing file, `owner` a user's."""
 
     path: str
     format: str
     virtual_size: int
     disk_size: int
     below: str | None
+    owner: str
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Files:
                     layer.size,
                     layer.file.disk_size,
                     below,
+                    _owner(os.fstat(layer.file.fd).st_uid),
                 )
 
     def line(self, name: str | None) -> list[str]:
@@ -78,6 +82,14 @@ class Files:
         """The images on which no other one backs."""
         below = {image.below for image in self.images.values()}
         return [name for name in self.images if name not in below]
+
+
+def _owner(number: int) -> str:
+    """The user's name, or the number where it has none here."""
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
 
 
 def named_files(inventory: Inventory, target: str) -> list[str]:
