@@ -18,7 +18,7 @@ from qchain.domains.connection import Host
 from qchain.domains.delete import Wishes, planned_deletion
 from qchain.domains.inventory import look
 from qchain.domains.work import Tools, carry_out
-from qchain.errors import FailedMidway
+from qchain.errors import FailedMidway, Refused
 from qchain.plan.options import MergeOptions
 
 
@@ -196,6 +196,20 @@ def test_what_a_person_does_meanwhile_is_not_undone(libvirtd: Daemon, guest: Gue
         )
 
 
+def test_records_that_changed_while_a_person_thought_are_not_written_over(
+    libvirtd: Daemon, guest: Guest
+) -> None:
+    with Host(libvirtd.uri) as host:
+        wishes = Wishes(("s1",))
+        with planned_deletion(host, look(host, "more"), wishes, "delete s1") as found:
+            guest.snapshot("late")
+            before = Before.of(guest)
+            with pytest.raises(Refused, match="has changed since it was planned"):
+                carry_out(host, found.job, Tools(), found.merge)
+    assert Before.of(guest) == before and not list(guest.directory.glob(".qchain*"))
+    judge(guest, before, set())
+
+
 def test_a_journal_that_was_never_whole_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".qchain-abcdef.domain.new").write_text('{"qchain_do')
     assert run("recover", tmp_path).out == "Nothing is unfinished.\n"
@@ -209,6 +223,7 @@ def test_a_journal_that_was_never_whole_is_removed(tmp_path: Path) -> None:
         ("[" * 100000, "not a journal"),
         ('{"qchain_domain": 1, "see": "/none/.qchain-1.domain"}', "no such file"),
         ('{"qchain_domain": 1, "token": 5}', "not a journal"),
+        ('{"qchain_domain": 1, "see": "beside"}', "not a journal"),
     ],
 )
 def test_a_journal_that_is_none_is_not_followed(tmp_path: Path, text: str, why: str) -> None:

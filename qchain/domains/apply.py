@@ -20,7 +20,7 @@ from qchain.domains.records import in_order, snapshot_of
 from qchain.domains.xmltext import same
 from qchain.errors import FailedMidway, Refused
 
-__all__ = ["Records", "bring", "handle_of", "records_of", "require_known"]
+__all__ = ["Records", "bring", "handle_of", "records_of", "require_known", "require_unchanged"]
 
 Before = Callable[[str], None]
 """Called before each change, with words for it: tests stop there."""
@@ -47,6 +47,22 @@ def handle_of(host: Host, uuid: str, name: str) -> Any:
         return host.connection.lookupByUUIDString(uuid)
     except host.libvirt.libvirtError:
         raise Refused(name, f"no domain of {host.uri} has its UUID {uuid}", "define it") from None
+
+
+def require_unchanged(host: Host, handle: Any, old: Records) -> None:
+    """Raise `Refused` unless the records are those that the change was planned for.
+
+    Between plan and change a person may think for an hour.
+    """
+    present, current = host.snapshots_xml(handle)
+    alike = (
+        present.keys() == old.snapshots.keys()
+        and current == old.current
+        and all(same(xml, old.snapshots[name]) for name, xml in present.items())
+        and same(host.domain_xml(handle), old.domain)
+    )
+    if not alike:
+        raise Refused(str(handle.name()), "has changed since it was planned", "do it again")
 
 
 def require_known(host: Host, handle: Any, old: Records, goal: Records) -> None:

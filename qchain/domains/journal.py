@@ -179,7 +179,12 @@ def domain_journals_at(where: Path) -> list[Path]:
 
 def _followed(path: Path) -> Path:
     stored = _parsed(path)
-    return path if "see" not in stored else path_of(stored["see"])
+    if "see" not in stored:
+        return path
+    try:
+        return path_of(stored["see"])
+    except ValueError as error:
+        raise ImageError(path, f"is not a journal of qchain: {error}", _BROKEN) from None
 
 
 def read_job(path: Path) -> Job:

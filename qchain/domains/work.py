@@ -19,7 +19,7 @@ from qchain.chain.chain import open_chain
 from qchain.chain.chain_tree import ChainTree, open_tree
 from qchain.chain.gate import Gate
 from qchain.chain.scan import JOURNAL_SUFFIX, WORK_PREFIX, identity, unfinished_domains
-from qchain.domains.apply import Before, bring, handle_of, require_known
+from qchain.domains.apply import Before, bring, handle_of, require_known, require_unchanged
 from qchain.domains.connection import Host
 from qchain.domains.journal import MERGED, Gone, Job, read_job
 from qchain.domains.records import files_in, real
@@ -69,6 +69,7 @@ def carry_out(
     tools = tools or Tools()
     handle = handle_of(host, job.uuid, job.name)
     host.require_off(handle)
+    require_unchanged(host, handle, job.before)
     _require_alone(job)
     tools.say("journal")
     job.write()
