@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -96,23 +97,15 @@ def go_on(
 
     Raises: `Loss`.
     """
-    recovering = ["recover", str(place.directory)]
-    if back:
-        recovering.append("--back")
+    directories = place.directories()
+    dice.shuffle(directories)
     if counts is not None:
         spot = counts.spot(dice)
-        ended = run(recovering, work, spot)
+        ended = run(["recover", directories[0], *["--back"] * back], work, spot)
         tally.notes["recovery killed too"] += ended.hit
         place.intact(planned, f"recovery killed, {spot}")
-    ended = until_free(recovering, work)
-    if back and ended.code == 3 and "the commit had begun" in ended.err:
-        ended = until_free([*recovering, "--give-up-dropped"], work)
-    if back and ended.code == 3 and "only go forward" in ended.err:
-        ended = until_free(recovering[:-1], work)
-    elif back:
-        tally.notes["put back"] += ended.code == 0
-    if ended.code != 0:
-        raise Loss(f"recover ended with {ended.code}: {ended.err}")
+    for directory in directories:
+        recover(directory, work, tally, back)
     place.intact(planned, "recovered")
     if place.names() != set(planned.results):
         if any(".qchain" in name for name in place.names()):
@@ -125,6 +118,20 @@ def go_on(
         if ended.code != 0:
             raise Loss(f"merged again, it ended with {ended.code}: {ended.err}")
     place.finished(planned, "in the end")
+
+
+def recover(directory: str, work: Path, tally: Tally, back: bool) -> None:
+    """Recover there, or put back as far as that goes. Raises `Loss` unless the exit code is 0."""
+    forward = ["recover", directory]
+    ended = until_free([*forward, *["--back"] * back], work)
+    if back and ended.code == 3 and "the commit had begun" in ended.err:
+        ended = until_free([*forward, "--back", "--give-up-dropped"], work)
+    if back and ended.code == 3 and "only go forward" in ended.err:
+        ended = until_free(forward, work)
+    if ended.code != 0:
+        raise Loss(f"recover ended with {ended.code}: {ended.err}")
+    for outcome in ("put back", "finished"):
+        tally.notes[f"recover: {outcome}"] += outcome in ended.out
 
 
 def until_free(argv: list[str], work: Path, limit: float = 20.0) -> Ended:
@@ -144,14 +151,24 @@ class Trials:
     `scratch`: a directory of one's own, best in memory.
     """
 
-    def __init__(self, seed: int, scratch: Path, tries: int) -> None:
-        self.seed, self.scratch, self.tries = seed, scratch, tries
+    def __init__(self, seed: int, scratch: Path, tries: int, evidence: Path) -> None:
+        """`evidence`: where what shows a loss is kept."""
+        self.seed, self.scratch, self.tries, self.evidence = seed, scratch, tries, evidence
         self.work = scratch / "work"
         self.tally = Tally()
         self.place: Place | None = None
         self.doing = "preparing"
 
     def run(self) -> Tally:
+        """All tries, or those up to the first loss; what shows it is kept then."""
+        try:
+            self.all()
+        except Exception as loss:
+            traceback.print_exc()
+            self.tally.losses.append(f"{type(loss).__name__}: {loss} ({self.keep(loss)})")
+        return self.tally
+
+    def all(self) -> None:
         """Raises `Loss`; `doing` and `place` then say where."""
         place, planned = self.prepare()
         self.place = place
@@ -163,9 +180,9 @@ class Trials:
             self.doing = f"try {number}, killed {spot}"
             self.once(place, planned, counts, spot, dice, again, back)
             self.tally.tries += 1
-        return self.tally
 
     def prepare(self) -> tuple[Place, Planned]:
+        """The case, and what qchain plans."""
         return prepared(self.seed, self.scratch, self.scratch / "images", self.work)
 
     def once(
@@ -201,9 +218,9 @@ class Trials:
             notes[f"strategy {place.case.strategy}"] += 1
             notes[f"names {place.case.names}"] += 1
 
-    def keep(self, where: Path, loss: BaseException) -> Path:
+    def keep(self, loss: BaseException) -> Path:
         """Keep what shows the loss."""
-        kept = where / f"{type(self).__name__.lower()}-{self.seed}"
+        kept = self.evidence / f"{type(self).__name__.lower()}-{self.seed}"
         shutil.rmtree(kept, ignore_errors=True)
         kept.mkdir(parents=True)
         told = [f"seed {self.seed}, {self.doing}", f"{type(loss).__name__}: {loss}"]

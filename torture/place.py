@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,16 +96,25 @@ class Place:
             if path.is_symlink() or not path.is_dir() or path.name.startswith(".")
         }
 
+    def directories(self) -> list[str]:
+        """Where images lie."""
+        return sorted({str((self.directory / image.name).parent) for image in self.case.images})
+
     # --- judging ------------------------------------------------------------------------
 
     def content(self, name: str) -> bytes:
         """What the guest reads there, says qemu-img. Raises `Loss` when it cannot be read."""
         path = self.directory / name
-        try:
-            qemu_img("convert", "-U", "-f", format_of(path), "-O", "raw", path, self.raw)
-        except (OSError, QemuError) as error:
-            raise Loss(f"{name} cannot be read: {error}") from None
-        return self.raw.read_bytes()
+        until = time.monotonic() + 20
+        while True:
+            try:
+                qemu_img("convert", "-U", "-f", format_of(path), "-O", "raw", path, self.raw)
+                return self.raw.read_bytes()
+            except (OSError, QemuError) as error:
+                # A commit lets nobody read what lies between, not even so: it goes on alone.
+                if "Failed to get" not in str(error) or time.monotonic() > until:
+                    raise Loss(f"{name} cannot be read: {error}") from None
+            time.sleep(0.05)
 
     def intact(self, planned: Planned, when: str) -> None:
         """Every kept point reads as before, under its name.

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -197,9 +198,11 @@ class Child:
             self._watch_journal()
             os.read(start, 1)
             code = int(main(argv))
+        except BaseException:
+            traceback.print_exc()
+        finally:
             sys.stdout.flush()
             sys.stderr.flush()
-        finally:
             os._exit(code)
 
     def _watch_journal(self) -> None:
@@ -241,15 +244,19 @@ class Child:
         """Whether qchain itself still runs (it is not waited for)."""
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
-    def end(self, limit: float = 120.0) -> Ended:
+    def end(
+        self, limit: float = 120.0, before_kill: Callable[[], None] | None = None
+    ) -> Ended:
         """Wait for its end, or bring it about; afterwards nothing of it runs any more.
 
-        But for an orphan: that one may.
+        But for an orphan: that one may. `before_kill` is done when its time has come ("time").
         """
         killed = False
         until = self.begun + (self.spot.seconds if self.spot.kind == "time" else limit)
         while self.alive():
             if time.monotonic() > until:
+                if before_kill is not None:
+                    before_kill()
                 kill_session(self.pid)
                 killed = True
                 break

@@ -246,12 +246,20 @@ class GroupRun:
                 unlocked_argv(step.argv) if held else step.argv,
                 progress=lambda part: self.observer.advance(int(part * step.weight), step.weight),
                 cwd=step.cwd,
-                pass_fds=held,
+                pass_fds=held or self._of_kept(),
             )
         if before is not None and map_digest(named) != before:
             raise FailedMidway(
                 named, f"its map or length changed while 'qemu-img {verb}' ran, which must not be"
             )
+
+    def _of_kept(self) -> tuple[int, ...]:
+        """The kept image's descriptor, for a qemu-img that writes to the new file of a copy.
+
+        Should we be killed it goes on, and the locks that it so has keep a recovery away.
+        """
+        kept = self.record.layers[0].id
+        return tuple(each.file.fd for each in self.locks.layers if each.file.id == kept)
 
     def _create(self, step: Command) -> None:
         """Make an alias: by a descriptor, for whoever owns the directory may swap the name."""
