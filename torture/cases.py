@@ -76,6 +76,15 @@ class Case:
             below = parents[below]
         return below
 
+    def dropped_below(self, name: str) -> list[str]:
+        """The dropped images between a kept one and the next."""
+        parents = {image.name: image.parent for image in self.images}
+        out, below = [], parents[name]
+        while below is not None and below in self.drop:
+            out.append(below)
+            below = parents[below]
+        return out
+
     def argv(self, directory: Path) -> list[str]:
         """The command line (without the program's name) that merges it."""
         words = ["merge", *(str(directory / name) for name in self.leaves)]

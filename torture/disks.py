@@ -50,12 +50,7 @@ class LoopDisk:
 
     def flush(self) -> None:
         """What is there is durable; from here on only what a merge flushes itself is."""
-        fd = os.open(self.mount, os.O_RDONLY)
-        try:
-            # syncfs is not in Python's os; fsync of a directory alone would not do.
-            _run(["sync", "-f", str(self.mount)])
-        finally:
-            os.close(fd)
+        _run(["sync", "-f", str(self.mount)])
 
     def cut(self) -> None:
         """The power fails now."""
@@ -68,6 +63,11 @@ class LoopDisk:
     def again(self) -> None:
         """The machine is up again: mounted anew, the log replayed."""
         self._unmount()
+        if _run(["losetup", "-j", str(self.device)]):
+            # In another mount namespace, of some sandbox, the dead one is mounted still.
+            aside = self.device.with_suffix(".again")
+            _run(["cp", "--sparse=always", str(self.device), str(aside)])
+            aside.replace(self.device)
         self._mount()
 
     def free(self) -> int:
@@ -76,22 +76,25 @@ class LoopDisk:
         return status.f_bavail * status.f_frsize
 
     def _mount(self) -> None:
-        _run(["mount", "-o", "loop", str(self.device), str(self.mount)])
+        options = "loop,nouuid" if self.kind == "xfs" else "loop"
+        _run(["mount", "-o", options, str(self.device), str(self.mount)])
 
     def _unmount(self) -> None:
         # Who was killed a moment ago may still be on its way out.
         for _ in range(100):
             try:
-                return _run(["umount", str(self.mount)])
+                _run(["umount", str(self.mount)])
             except RuntimeError as error:
                 last = error
-                if "not mounted" in str(error):
-                    return None
                 time.sleep(0.02)
+            else:
+                return
         raise last
 
 
-def _run(argv: Sequence[str]) -> None:
+def _run(argv: Sequence[str]) -> str:
+    """What the program prints. Raises `RuntimeError` when it fails."""
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(argv)}: {done.stderr.strip()}")
+    return done.stdout

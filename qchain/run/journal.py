@@ -176,6 +176,8 @@ class Journal:
 
     def write(self, group: int, step: int, writing: Iterable[Path] = ()) -> None:
         """Durably: step `step` of group `group` is about to be done, and writes to `writing`."""
+        if group != self.group:
+            self.forget_deleted()
         self.group, self.step = group, step
         self.unsettled |= self.indices(writing)
         document = {
@@ -210,6 +212,13 @@ class Journal:
         self.chain[index] = (
             _unknown(known.path, known.format) if layer is None else record_of(layer)
         )
+
+    def forget_deleted(self) -> None:
+        """A group is finished: of what it deleted the numbers may be those of new files soon."""
+        there = {_id(path) for path in self._names()}
+        for index, record in enumerate(self.chain):
+            if record.id not in there:
+                self.chain[index] = _unknown(record.path, record.format)
 
     def remove(self) -> None:
         """Nothing is left to do. The pointers first: none may lead nowhere."""

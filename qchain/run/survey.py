@@ -60,7 +60,9 @@ def open_files(journal: Journal) -> Iterator[Files]:
     by_id: dict[FileId, HostFile] = {}
     with contextlib.ExitStack() as stack:
         for known in journal.chain:
-            if not os.path.lexists(known.path):
+            # Of what is not known by its number, such as a copy that is to be made again, no
+            # file is ours; it may even have the number of one that was deleted.
+            if known.id.inode == 0 or not os.path.lexists(known.path):
                 continue
             if known.path in members and known.path.is_symlink():
                 raise Refused(known.path, "has become a symbolic link", "put the image back there")
