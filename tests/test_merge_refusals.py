@@ -211,14 +211,6 @@ def test_a_backing_format_that_is_not_recorded(tmp_path: Path, where: str) -> No
     assert state(tmp_path) == before
 
 
-def test_a_block_device(tmp_path: Path) -> None:
-    disk = chain_in(tmp_path)
-    with open_chain(disk.active) as chain:
-        chain.layers[1].file.is_block_device = True
-        plan = make_plan(chain, Request(drop=("mid.qcow2",)))
-    assert any("block device" in line for line in plan.refusals)
-
-
 @pytest.mark.parametrize("what", ["file", "directory"])
 def test_what_may_not_be_written(what: str) -> None:
     """Root may write to everything: then an ordinary user does the planning."""

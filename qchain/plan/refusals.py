@@ -58,7 +58,9 @@ def _unfit(layer: Layer) -> list[str]:
     """What forbids to write to a file at all, if only to its header."""
     out: list[str] = []
     path, header = layer.path, layer.header
-    if path.is_symlink():
+    if layer.file.is_block_device:
+        pass  # LVM's names are links, and nothing is renamed
+    elif path.is_symlink():
         out.append(f"{path}: is a symbolic link; name {os.path.realpath(path)} itself")
     elif mount_id(path) != mount_id(path.parent):
         out.append(f"{path}: is a mount point, and cannot be renamed; merge it where it lies")
@@ -70,8 +72,6 @@ def _unfit(layer: Layer) -> list[str]:
         )
     if not os.access(path, os.W_OK) or not os.access(path.parent, os.W_OK):
         out.append(f"{path}: the file or its directory cannot be written to; run as its owner")
-    if layer.file.is_block_device:
-        out.append(f"{path}: merging block devices comes with a later version")
     if header is None:
         return out
     if header.corrupt:
