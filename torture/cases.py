@@ -169,18 +169,14 @@ def _layer(dice: Random, below: int | None) -> LayerSpec:
     )
 
 
-def _passes(
-    dice: Random, size: int, cluster: int, compressed: bool
-) -> tuple[tuple[Run, ...], ...]:
+def _passes(dice: Random, size: int, cluster: int, compressed: bool) -> tuple[tuple[Run, ...], ...]:
     first = _runs(dice, size, cluster, _KINDS, compressed)
     if dice.random() < 0.3:
         return first, _runs(dice, size, cluster, _LATER_KINDS, False)
     return (first,)
 
 
-def _runs(
-    dice: Random, size: int, cluster: int, kinds: str, compressed: bool
-) -> tuple[Run, ...]:
+def _runs(dice: Random, size: int, cluster: int, kinds: str, compressed: bool) -> tuple[Run, ...]:
     """Runs in sectors, in clusters, in eighths of the disk; compressed ones where aligned."""
     units = (min(cluster, size), SECTOR, max(SECTOR, size // 8 // SECTOR * SECTOR))
     runs: list[Run] = []

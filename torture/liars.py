@@ -34,7 +34,7 @@ esac
 """
 
 # As a program of its own: in the directory of the images nothing of it is left.
-_LIAR = '''
+_LIAR = """
 import json, os, re, shutil, subprocess, sys
 from random import Random
 given = json.loads(os.environ["LIE_WORDS"])
@@ -70,7 +70,7 @@ if spots:
     with open(os.path.join(os.environ["TORTURE"], "damaged"), "w") as file:
         file.write(str(os.stat(path).st_ino))
 sys.exit(done.returncode)
-'''
+"""
 
 
 class Liars(Trials):

@@ -67,16 +67,12 @@ class Place:
                 os.chown(path, image.owner, image.owner)
             with suppress(OSError):
                 os.setxattr(path, "user.torture", image.name.encode())
-        subprocess.run(
-            ["cp", "-a", "--sparse=always", self.directory, self.template], check=True
-        )
+        subprocess.run(["cp", "-a", "--sparse=always", self.directory, self.template], check=True)
 
     def restore(self) -> None:
         """The images as they were built, and nothing else."""
         shutil.rmtree(self.directory, ignore_errors=True)
-        subprocess.run(
-            ["cp", "-a", "--sparse=always", self.template, self.directory], check=True
-        )
+        subprocess.run(["cp", "-a", "--sparse=always", self.template, self.directory], check=True)
         self.attributes = {image.name: self._attributes(image.name) for image in self.case.images}
 
     def _attributes(self, name: str) -> Attributes:

@@ -21,12 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-import qchain.run.execute
-import qchain.run.recover  # noqa: F401  (imported once, before the forks)
-from qchain.run.journal import Journal
 from qchain_cli import merge, planning  # noqa: F401
 from qchain_cli import recover as _recover  # noqa: F401
 from qchain_cli.main import main
+
+import qchain.run.execute
+import qchain.run.recover  # noqa: F401  (imported once, before the forks)
+from qchain.run.journal import Journal
 
 __all__ = ["Child", "Counts", "Ended", "Spot", "count", "run"]
 
@@ -111,7 +112,9 @@ class Counts:
 
     def spot(self, dice: Random) -> Spot:
         """One of all the spots, each kind about as often as the others."""
-        kind = dice.choice(("step", "step", "own", "both", "both", "both", "qemu", "time", "orphan"))
+        kind = dice.choice(
+            ("step", "step", "own", "both", "both", "both", "qemu", "time", "orphan")
+        )
         writing = [at for at, calls in self.theirs.items() if calls]
         if kind == "step":
             return Spot("step", dice.randrange(self.steps), nth=dice.randrange(2))
@@ -191,7 +194,7 @@ class Child:
                 os.dup2(fd, number)
                 os.close(fd)
             sys.stdin, sys.stdout, sys.stderr = (
-                open(number, "w" if number else "r", closefd=False)  # noqa: PTH123, SIM115
+                open(number, "w" if number else "r", closefd=False)  # noqa: SIM115
                 for number in (0, 1, 2)
             )
             os.environ.update(self.environment)
@@ -244,9 +247,7 @@ class Child:
         """Whether qchain itself still runs (it is not waited for)."""
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
-    def end(
-        self, limit: float = 120.0, before_kill: Callable[[], None] | None = None
-    ) -> Ended:
+    def end(self, limit: float = 120.0, before_kill: Callable[[], None] | None = None) -> Ended:
         """Wait for its end, or bring it about; afterwards nothing of it runs any more.
 
         But for an orphan: that one may. `before_kill` is done when its time has come ("time").
