@@ -1,7 +1,7 @@
 """`make torture`: merges killed, without power, on full disks, lied to, raced. docs/reliability.md.
 
-Exit code 1 on any loss, with what shows it in build/torture. A run is gone on with by --seed: it says
-at its end from which.
+Exit code 1 on any loss, with what shows it in build/torture. A run is gone on with by --seed: at
+its end it says from which.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def main() -> int:
     """Do as the command line says."""
     parser = argparse.ArgumentParser(prog="python -m torture", description=__doc__)
     for name, (_, count) in SCENARIOS.items():
-        parser.add_argument(f"--{name}", type=int, default=None, metavar="N",
-                            help=f"tries of this kind (default {count}, or 0 if others are given)")  # fmt: skip
+        told = f"tries of this kind (default {count}, or 0 if others are given)"
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=told)
     parser.add_argument("--seed", type=int, default=1, help="of the first case; then counted up")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
                         help="processes (default: one for each processor)")  # fmt: skip

@@ -1,4 +1,4 @@
-"""A qemu-img that lies, once in a merge: nothing is deleted, and with an honest one it ends well."""
+"""A qemu-img that lies, once in a merge: nothing is deleted, and an honest one ends it well."""
 
 from __future__ import annotations
 

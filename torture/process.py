@@ -1,7 +1,7 @@
 """The command line in a child process that can be killed at a spot of one's choice.
 
-The child is a fork: what takes a third of a second to import is there already. It leads a session of
-its own, so that whatever it started is found and killed with it.
+The child is a fork: what takes a third of a second to import is there already. It leads a session
+of its own, so that whatever it started is found and killed with it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -29,7 +28,7 @@ import qchain.run.execute
 import qchain.run.recover  # noqa: F401  (imported once, before the forks)
 from qchain.run.journal import Journal
 
-__all__ = ["Child", "Counts", "Ended", "Spot", "count", "run"]
+__all__ = ["OURS", "THEIRS", "Child", "Counts", "Ended", "Spot", "count", "run"]
 
 OURS = (
     "write,pwrite64,fsync,fdatasync,ftruncate,rename,renameat,renameat2,unlink,unlinkat,link,"
@@ -318,35 +317,19 @@ def count(argv: list[str], work: Path) -> tuple[Ended, Counts]:
     child = Child(argv, work, counting=True)
     ended = child.end()
     counts = Counts(child.steps, ended.seconds)
-    counts.own = Counter(_calls(work / "calls.own"))
+    counts.own = calls_in(work / "calls.own")
     for path in work.glob("calls.[0-9]*"):
-        # strace counts for every thread by itself: what the busiest does can be hit.
-        threads: dict[str, Counter[str]] = {}
-        for line in path.read_text().splitlines():
-            if found := re.match(r"(\d+) +(\w+)\(", line):
-                threads.setdefault(found[2], Counter())[found[1]] += 1
-        most = Counter({call: max(each.values()) for call, each in threads.items()})
-        counts.theirs[int(path.suffix[1:])] = most
+        counts.theirs[int(path.suffix[1:])] = calls_in(path)
     return ended, counts
 
 
-def _calls(path: Path) -> Iterator[str]:
-    for line in path.read_text().splitlines():
-        if found := re.match(r"(\w+)\(", line):
-            yield found[1]
+def calls_in(log: Path) -> Counter[str]:
+    """How often each system call is in a log of strace, in the thread that has most of it.
 
-
-@contextmanager
-def acting(act: Callable[[], None]) -> Iterator[None]:
-    """`act` in a process of its own while the body runs."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            act()
-        finally:
-            os._exit(0)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+    strace counts for every thread by itself: what the busiest does can be hit.
+    """
+    threads: dict[str, Counter[str]] = {}
+    for line in log.read_text().splitlines():
+        if found := re.match(r"(?:(\d+) +)?(\w+)\(", line):
+            threads.setdefault(found[2], Counter())[found[1] or ""] += 1
+    return Counter({call: max(each.values()) for call, each in threads.items()})
