@@ -274,6 +274,10 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
     if plan.options.keep_files and group.result is not None:
         # Its content is in the result; by itself it may miss a backing file.
         lines.append(("keeps", "the files; a replaced one as NAME.qchain-old, not readable alone"))
+    for layer in (plan.layers[index] for index in group.group.owned):
+        link = plan.links.get(layer.path)
+        if link is not None and layer.path.name in gone:
+            lines.append(("leaves", f"{link}, a link that leads nowhere then"))
     for device in _devices_left(plan, group):
         lines.append(("frees", f"{device}, a block device: nothing needs it then, remove it"))
     shared = [names[index] for index in group.group.shared]

@@ -144,7 +144,6 @@ DEFECTS = [
     Defect("snapshot", snapshot, "internal snapshot"),
     Defect("bitmap", bitmap, "bitmaps", ("mid",)),
     Defect("hard link", linked, "hard links"),
-    Defect("symbolic link", moved_behind_a_link, "symbolic link"),
 ]
 
 
