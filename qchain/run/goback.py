@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,13 +110,36 @@ def put_back(run: GroupRun) -> bool:
         with contextlib.suppress(OSError):
             if link.samefile(existing):
                 link.unlink()
-    for path in reversed(run.made):
+    # Also of what was made before a stop in the midst of this: the journal knows nothing of that
+    # any more.
+    work = list(dict.fromkeys([*run.made, *_work_files(run)]))
+    for path in reversed(work):
         with contextlib.suppress(OSError):
             if path.is_dir() and not path.is_symlink():
                 path.rmdir()
             else:
                 path.unlink(missing_ok=True)
-    return not any(os.path.lexists(path) for path in run.made)
+    return not any(os.path.lexists(path) for path in work)
+
+
+def _work_files(run: GroupRun) -> Iterator[Path]:
+    """All that the steps make beside the images, in order; it is nobody else's."""
+    directories = set()
+    for step in run.record.steps:
+        match step:
+            case MakeDirectory(path):
+                directories.add(path)
+                yield path
+            case Freeze(_, into):
+                yield from (into, rescued_beside(into))
+            case HardLink(_, link) | SymbolicLink(_, link) if link.parent in directories:
+                yield link
+            case Command(argv) if argv[0] == "create":
+                yield created(step)
+            case Command(argv) if argv[0] == "convert":
+                yield run.t_path
+            case _:
+                pass
 
 
 def _from_the_start(run: GroupRun) -> None:
