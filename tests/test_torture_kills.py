@@ -12,9 +12,9 @@ import pytest
 
 from fixtures.oracle import qemu_img, qemu_io
 from torture.bite import plain_rebase_loses
-from torture.cases import NAMES, STRATEGIES, draw
+from torture.cases import NAMES, STRATEGIES, Case, draw
 from torture.disks import KINDS, LoopDisk
-from torture.kills import Trials, prepared
+from torture.kills import Trials, prepared, until_free
 from torture.place import Loss, Place
 from torture.process import Counts, Spot, count, run
 
@@ -59,6 +59,67 @@ def merged_counts(place: Place, scratch: Path) -> Counts:
     assert ended.code == 0, ended.err
     assert counts.steps > 8 and counts.own["fsync"] > 4 and counts.seconds > 0
     return counts
+
+
+@pytest.mark.parametrize("call", ["unlink", "rmdir", "fsync"])
+def test_going_back_is_killed(scratch: Path, call: str) -> None:
+    """At every such call: whoever goes back after that leaves nothing behind either."""
+    work = scratch / "work"
+    place, planned = prepared(
+        SEED + 7, scratch, scratch / "images", work, lambda seed: draw(seed, ("both",), ("kept",))
+    )
+    counts = merged_counts(place, scratch)
+    last = max(at for at, calls in counts.theirs.items() if calls)
+    for nth in range(1, 40):
+        place.restore()
+        assert run(place.case.argv(place.directory), work, Spot("both", last, "pwrite64", 1)).hit
+        back = ["recover", place.directories()[0], "--back", "--give-up-dropped"]
+        hit = run(back, work, Spot("own", call=call, nth=nth)).hit
+        place.intact(planned, f"going back was killed at {call} {nth}")
+        for directory in place.directories():
+            assert run(["recover", directory, *back[2:]], work).code == 0
+        assert place.untouched(), (nth, place.names())
+        place.intact(planned, "put back")
+        if not hit:
+            break
+    assert not hit and nth > 1
+
+
+def a_copy(seed: int) -> Case:
+    return draw(seed, ("copy",), ("kept",))
+
+
+def test_qemu_img_outlives_qchain_while_it_copies(scratch: Path) -> None:
+    """Who comes to recover waits: it still writes to the file that would be made again."""
+    work = scratch / "work"
+    place, planned = prepared(SEED, scratch, scratch / "images", work, a_copy)
+    counts = merged_counts(place, scratch)
+    convert = next(at for at, calls in sorted(counts.theirs.items()) if calls["ftruncate"])
+    place.restore()
+    assert run(place.case.argv(place.directory), work, Spot("orphan", convert)).hit
+    said = run(["recover", place.directories()[0]], work)
+    assert said.code == 3 and "another qchain is working on" in said.err
+    for directory in place.directories():
+        assert until_free(["recover", directory], work).code == 0
+    place.finished(planned, "recovered")
+
+
+def test_a_new_file_gets_the_number_of_a_deleted_one(scratch: Path) -> None:
+    """On ext4 the next one does: the second copy that of what the first has replaced."""
+    work = scratch / "work"
+    with LoopDisk("ext4", scratch) as disk:
+        for seed in range(SEED + 100, SEED + 200):
+            place, planned = prepared(seed, scratch, disk.mount / "images", work, a_copy)
+            if planned.groups == 2:
+                break
+        counts = merged_counts(place, scratch)
+        for step in range(counts.steps // 2, counts.steps // 2 + 6):
+            place.restore()
+            assert run(place.case.argv(place.directory), work, Spot("step", step, nth=1)).hit
+            for directory in place.directories():
+                said = run(["recover", directory], work)
+                assert said.code == 0, (step, said.err)
+            place.finished(planned, f"killed at step {step}")
 
 
 def test_all_kinds_are_drawn() -> None:

@@ -20,7 +20,7 @@ from torture.process import Counts, Ended, Spot, count, run
 
 _BUSY = ("in use", "being changed", "another qchain is working")
 
-__all__ = ["Tally", "Trials", "go_on", "plan_of", "prepared"]
+__all__ = ["Tally", "Trials", "go_on", "prepared", "until_free"]
 
 
 @dataclass
