@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -119,6 +120,8 @@ def run(works: list[Work], jobs: int, keep: Path) -> None:
 
 
 def _one(name: str, seed: int, tries: int, keep: Path, there: object) -> None:
+    # Whatever ends it: what is mounted and what still runs goes first.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     memory = Path("/dev/shm")
     place = memory if os.access(memory, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="qchain-torture-", dir=place) as scratch:

@@ -251,6 +251,13 @@ class Child:
 
         But for an orphan: that one may. `before_kill` is done when its time has come ("time").
         """
+        try:
+            return self._ended(limit, before_kill)
+        except BaseException:
+            kill_session(self.pid)
+            raise
+
+    def _ended(self, limit: float, before_kill: Callable[[], None] | None) -> Ended:
         killed = False
         until = self.begun + (self.spot.seconds if self.spot.kind == "time" else limit)
         while self.alive():
