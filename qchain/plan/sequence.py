@@ -81,6 +81,7 @@ class _Builder:
         self.work = self.t_path.parent / f"{WORK_PREFIX}{self.token}"
         self.alias = f"{WORK_PREFIX}{self.token}.b"
         self.pulls = self.t_index != self.group.members[-1] or bool(self.group.onto)
+        self.room = 0 if self.t.file.is_block_device else self.candidate.target_growth_bytes
         # Neither link nor alias beside a device; and in /dev both would not outlive power loss.
         self.direct = self.pulls and self.t.file.is_block_device
         # The kept image's bitmaps are to outlive a commit that is killed.
@@ -144,6 +145,7 @@ class _Builder:
                 label=label,
                 writes=(self.t_path, top),
                 commits=True,
+                room=self.room,
             ),
             Sync(self.t_path),
         )
@@ -161,7 +163,8 @@ class _Builder:
         argv = rebase_writethrough_argv(self.t_path, self.t.format, name, self.backing_format())
         label = f"pull into {self.t_path.name}"
         weight = self.candidate.traffic.pull_bytes
-        self.add(Command(tuple(argv), weight=weight, label=label, writes=(self.t_path,)))
+        writes = (self.t_path,)
+        self.add(Command(tuple(argv), weight=weight, label=label, writes=writes, room=self.room))
         self.add(Sync(self.t_path), Confirm(self.t_path, self.new_backing(), self.backing_format()))
 
     def pull(self) -> None:
@@ -219,7 +222,14 @@ class _Builder:
         label = f"pull into {self.t_path.name}"
         weight = self.candidate.traffic.pull_bytes
         self.add(
-            Command(tuple(argv), cwd=directory, weight=weight, label=label, writes=(self.t_path,))
+            Command(
+                tuple(argv),
+                cwd=directory,
+                weight=weight,
+                label=label,
+                writes=(self.t_path,),
+                room=self.room,
+            )
         )
         self.add(Sync(self.t_path))
 

@@ -98,6 +98,12 @@ def _filled(
     ]
     argvs = copy_argvs(kept, layers[group.line[1]], below, image, name)
     return [
-        Command(tuple(argv), weight=weight, label=label, writes=(image,))
+        Command(
+            tuple(argv),
+            weight=weight,
+            label=label,
+            writes=(image,),
+            room=candidate.peak_extra_bytes,
+        )
         for argv, (label, weight) in zip(argvs, told, strict=False)
     ]

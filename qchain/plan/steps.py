@@ -47,6 +47,8 @@ class Command:
     """Images that qemu-img opens for writing: their locks are handed over to it."""
     commits: bool = False
     """A commit also needs "consistent read" of what lies between its top and its base."""
+    room: int = 0
+    """Bytes by which the image written to may grow, from the group's first command on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from qchain.run.group import GroupRun, Observer
 from qchain.run.journal import Journal
 from qchain.run.locking import ChainLocks, sole
 from qchain.run.qemu_img import QemuImg
+from qchain.run.room import shortage_told
 from qchain.run.survey import refuse_overlays
 
 __all__ = ["MergeResult", "Observer", "Silent", "execute", "named", "run_group"]
@@ -91,6 +92,8 @@ def run_group(
                 journal.settle()
     except (KeyboardInterrupt, OSError, QchainError) as error:
         altered = altered_points(run, index)
+        # Before work files go and free what they took.
+        why = _why(error, run)
         whole = put_back(run)
         if whole:
             journal.remove()
@@ -102,10 +105,18 @@ def run_group(
         way = _way_on(whole, altered, "mend this and merge again")
         if isinstance(error, OSError):
             what = str(error.filename or run.t_path)
-            raise FailedMidway(what, (error.strerror or str(error)).lower(), way) from None
-        raise FailedMidway(error.what, error.why, way) from None
+            raise FailedMidway(what, why, way) from None
+        raise FailedMidway(error.what, why, way) from None
     finally:
         run.close()
+
+
+def _why(error: KeyboardInterrupt | OSError | QchainError, run: GroupRun) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return ""
+    if isinstance(error, OSError):
+        return shortage_told((error.strerror or str(error)).lower(), run.room)
+    return shortage_told(error.why, run.room)
 
 
 def _let_go(locks: ChainLocks) -> None:

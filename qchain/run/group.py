@@ -46,6 +46,7 @@ from qchain.run.locking import ChainLocks
 from qchain.run.oldview import OldView, rescued_beside
 from qchain.run.private import make_private, open_private
 from qchain.run.qemu_img import QemuImg
+from qchain.run.room import Room
 from qchain.run.steady import Steady
 from qchain.verify.frozen import map_digest
 
@@ -81,6 +82,8 @@ class GroupRun:
         self.t_path = record.goal.path
         self.old = OldView(record, layers)
         self.steady = Steady(locks.layers)
+        needed = max((step.room for step in record.steps if isinstance(step, Command)), default=0)
+        self.room = Room(self.t_path, needed) if needed else None
         self.opened: list[HostFile] = []
         self.journal: Journal | None = None
         self.made: list[Path] = []
@@ -253,6 +256,11 @@ class GroupRun:
         # Neither a commit that keeps its top nor a change of names touches the map of it.
         stays = step.commits or (verb == "rebase" and "-u" in step.argv)
         before = map_digest(named) if stays else None
+        watch = None
+        if self.room is not None and step.room and not self.resumed:
+            # Once stopped, what it has grown by is not known: then only qemu-img tells.
+            watch = self.room.require
+            watch()
         passing = between if step.commits else ()
         with self.locks.handed_over(step.writes, passing, named) as held:
             self.qemu.run(
@@ -260,6 +268,7 @@ class GroupRun:
                 progress=lambda part: self.observer.advance(int(part * step.weight), step.weight),
                 cwd=step.cwd,
                 pass_fds=held or self._of_kept(),
+                watch=watch,
             )
         if before is not None and map_digest(named) != before:
             raise FailedMidway(

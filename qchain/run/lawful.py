@@ -190,6 +190,7 @@ def _well_typed(step: Step) -> bool:
         kinds = {
             **dict.fromkeys(("argv", "writes", "names", "gone"), tuple),
             "weight": int,
+            "room": int,
             "commits": bool,
         }
         if isinstance(value, Path):
