@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 from qchain.chain.scan import WORK_PREFIX
 from qchain.errors import FailedMidway, QchainError
 from qchain.hostfile import HostFile
-from qchain.plan.commands import rebase_unsafe_argv, unlocked_argv
+from qchain.plan.commands import rebase_unsafe_argv, resize_shrink_argv, unlocked_argv
 from qchain.plan.steps import Command, Freeze, HardLink, MakeDirectory, Rename, SymbolicLink, Unlink
 from qchain.qcow2.header import read_header
 from qchain.run.bitmaps import give_back
 from qchain.run.confirm import confirm
+from qchain.run.cut_short import cut_again
 from qchain.run.identity import state_of
 from qchain.run.oldview import rescued_beside
 
@@ -101,6 +102,7 @@ def put_back(run: GroupRun) -> bool:
     try:
         if led_away(run):
             restore_backing(run)
+        _end_cut(run)
         give_back(run, run.journal is not None and bool(altered(run, run.journal.step)))
     except (QchainError, OSError):
         return False  # the aliases must stay: the header may still name them
@@ -120,6 +122,26 @@ def put_back(run: GroupRun) -> bool:
             else:
                 path.unlink(missing_ok=True)
     return not any(os.path.lexists(path) for path in work)
+
+
+def _end_cut(run: GroupRun) -> None:
+    """A target whose cutting was stopped is not consistent: it is cut to the end.
+
+    What it showed beyond was no kept point, and the commit had changed it before.
+    """
+    journal, steps = run.journal, run.record.steps
+    if journal is None or run.record.goal.format != "qcow2":
+        return
+    for index in (journal.step - 1, journal.step):
+        # One that was not flushed may be undone in part by a loss of power.
+        step = steps[index] if index >= 0 else None
+        if isinstance(step, Command) and step.argv[0] == "resize":
+            size = int(step.argv[-1])
+            journal.write(journal.group, journal.step, (run.t_path,))
+            run.resize(resize_shrink_argv(run.t_path, "qcow2", size))
+            cut_again(run.t_path, size, run.resize)
+            run.flush(run.t_path)
+            run.steady.note(run.locks.layers, {run.record.goal.id})
 
 
 def _work_files(run: GroupRun) -> Iterator[Path]:
