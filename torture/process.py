@@ -302,14 +302,16 @@ def kill_session(leader: int) -> None:
 
 
 def _session(leader: int) -> Iterator[int]:
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
         try:
-            fields = path.read_text().rpartition(")")[2].split()
+            fields = (process / "stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
         # state, parent, group, session
         if int(fields[3]) == leader and fields[0] not in "ZX":
-            yield int(path.parent.name)
+            yield int(process.name)
 
 
 def run(argv: list[str], work: Path, spot: Spot | None = None, **more: object) -> Ended:
