@@ -17,9 +17,10 @@ first c are merged, its first o are its own (the others are only read, and stay)
 target is among them, at place t of the line. Of a copy `layers` has the new file, known only
 when it is whole; inode 0 until then, and for what a finished group has deleted. `onto`: the
 chain that a rebase leads the kept image to, empty for a merge. `home`: the inode of the
-journal's directory. `present`: the target's backing name before. Step s of group g may have been done in part,
-those before it are done. Each layer is described as it was when it was last durable and
-ours; those in `unsettled` were being written to. `carrying`: what a guest wrote to the kept
+journal's directory. `present`: the target's backing name before.
+Step s of group g may have been done in part, those before it are done. Each layer is
+described as it was when it was last durable and ours; those in `unsettled` were being
+written to. `carrying`: what a guest wrote to the kept
 image after a stop is being taken over into the target. `altered`: a commit has written to
 the target, and then the group was put back to its first step.
 
