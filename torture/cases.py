@@ -106,7 +106,7 @@ def draw(
     seed: int,
     strategies: tuple[str, ...] = STRATEGIES,
     names: tuple[str, ...] = NAMES,
-    verify: tuple[str, ...] = ("moved", "moved", "moved", "full"),
+    verify: tuple[str, ...] = ("moved", "moved", "full", "manifest"),
 ) -> Case:
     """A case; whether qchain agrees to merge it is another matter."""
     dice = Random(seed)

@@ -6,13 +6,14 @@ import json
 import sys
 from random import Random
 
-from torture.kills import Trials, go_on
+from torture.cases import Case, draw
+from torture.kills import Trials, go_on, prepared
 from torture.place import Loss, Place, Planned
 from torture.process import Child, Counts, Spot
 
 __all__ = ["LIES", "Liars"]
 
-LIES = ("nothing", "half", "elsewhere", "damage", "failure")
+LIES = ("nothing", "half", "elsewhere", "damage", "failure", "rot")
 """What it does: nothing; some of it, until a write of its own; all of it, in a copy of the
 directory; all of it, and then a sector of what it has written is overwritten, by nobody; all of
 it, and says that it failed. But for the last it says that all is well."""
@@ -60,7 +61,8 @@ for path in files:
     was, now = before[path], read(path) if os.path.exists(path) else b""
     spots += [
         (path, at) for at in range(0, len(now), 512)
-        if now[at : at + 512] != was[at : at + 512] and pattern.match(now, at)
+        if (now[at : at + 512] == was[at : at + 512]) == (now != was and os.environ["LIE"] == "rot")
+        and pattern.match(now, at)
     ]
 if spots:
     path, at = dice.choice(spots)
@@ -73,8 +75,17 @@ sys.exit(done.returncode)
 """
 
 
+def drawn(seed: int) -> Case:
+    """A case, every other one verified by a manifest."""
+    return draw(seed, verify=("moved", "manifest"))
+
+
 class Liars(Trials):
     """One case, merged `tries` times with a tool that lies at one of its calls."""
+
+    def prepare(self) -> tuple[Place, Planned]:
+        """A case that is verified in one of two ways."""
+        return prepared(self.seed, self.scratch, self.scratch / "images", self.work, drawn)
 
     def once(
         self,
@@ -88,7 +99,7 @@ class Liars(Trials):
     ) -> None:
         """Merge with the liar, then go on with the real one."""
         place.restore()
-        lie = dice.choice(LIES)
+        lie = dice.choice(LIES if place.case.verify == "manifest" else LIES[:-1])
         writing = sorted(at for at, calls in counts.theirs.items() if calls)
         at = dice.choice(writing)
         call = dice.choice(sorted(counts.theirs[at]))
@@ -130,6 +141,11 @@ class Liars(Trials):
         if lie == "damage" and self.in_place(place):
             # It was written into the very image that is kept: noticed, and that is all.
             notes["the kept image itself damaged"] += 1
+            return
+        if lie == "rot":
+            # Whatever shows that sector is damaged, by the tool: noticed, and nothing is deleted.
+            if planned.alone and not place.names() >= {image.name for image in place.case.images}:
+                raise Loss(f"{lie}: there are {sorted(place.names())}")
             return
         place.intact(planned, lie)
         go_on(place, planned, self.work, dice, self.tally, patient=True)

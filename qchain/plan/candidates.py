@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from qchain.chain.chain_tree import ChainTree
 from qchain.chain.layer import Layer, Qcow2Layer
 from qchain.hostfile import mount_id
+from qchain.plan.bitmaproom import BitmapCount
 from qchain.plan.bitmaps import bitmap_obstacle
 from qchain.plan.clusters import ClusterCount
 from qchain.plan.copying import new_file_bytes
@@ -193,13 +194,15 @@ def figures_of(
     model: TimeModel = DEFAULT,
     progress: Callable[[int, int], None] | None = None,
     *,
-    exact: bool = False,
+    options: MergeOptions | None = None,
     behaviour: Behaviour = DEFAULT_BEHAVIOUR,
 ) -> list[Candidate]:
     """What every target of the group would cost, the kept image first, possible or not.
 
-    Raises: `ImageError` when the contents cannot be read (`exact`).
+    Raises: `ImageError` when the contents cannot be read (`options.exact`).
     """
+    options = options or MergeOptions()
+    exact = options.exact
     members = [layers[index] for index in group.members]
     under = [layers[index] for index in group.under]
     below = [*(layers[index].size for index in group.line[1:]), 0]
@@ -216,12 +219,12 @@ def figures_of(
         exact=exact,
         behaviour=behaviour,
     )
-    return [
-        _figures(
-            layers, group, position, traffic, growth_of(members[position], count), model, exact
-        )
-        for position, (traffic, count) in enumerate(zip(counted, clusters, strict=True))
-    ]
+    bitmaps = BitmapCount(layers, group, options)
+    out = []
+    for position, (traffic, count) in enumerate(zip(counted, clusters, strict=True)):
+        grown = growth_of(members[position], count, bitmaps.room(group.members[position]))
+        out.append(_figures(layers, group, position, traffic, grown, model, exact))
+    return out
 
 
 def candidates_of(

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qchain.errors import Refused, UsageError
 
-__all__ = ["MergeOptions"]
+__all__ = [
+    "BITMAPS",
+    "ENGINES",
+    "NAMES",
+    "PREFER",
+    "STRATEGIES",
+    "VERIFY",
+    "MergeOptions",
+    "one_of",
+]
 
+# What there is. Help and messages name these values, from here.
 STRATEGIES = ("auto", "pull", "commit", "both", "copy")
-ENGINES = ("auto", "qemu-img", "native")
+ENGINES = ("auto", "qemu-img")
 NAMES = ("kept", "lowest", "target")
 PREFER = ("time", "writes", "space")
 VERIFY = ("moved", "full", "manifest", "none")
 BITMAPS = ("refuse", "carry", "drop")
+_LATER = {"--engine": "native"}
+
+
+def one_of(values: Sequence[str]) -> str:
+    """'a, b or c'."""
+    return " or ".join([", ".join(values[:-1]), values[-1]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +61,8 @@ class MergeOptions:
             ("--verify", self.verify, VERIFY),
             ("--bitmaps", self.bitmaps, BITMAPS),
         ):
-            if value not in known:
-                raise UsageError(
-                    option, f"{value!r} is not possible", f"one of: {', '.join(known)}"
-                )
-        for what, wanted in (
-            ("--engine native", self.engine == "native"),
-            ("--verify manifest", self.verify == "manifest"),
-        ):
-            if wanted:
-                raise Refused(what, "not in this version yet", "leave it out")
+            if value in known:
+                continue
+            if value == _LATER.get(option):
+                raise Refused(f"{option} {value}", "not in this version yet", "leave it out")
+            raise UsageError(option, f"{value!r} is not possible", f"one of: {', '.join(known)}")

@@ -24,7 +24,13 @@ from qchain.plan.commands import (
     rebase_writethrough_argv,
     resize_shrink_argv,
 )
-from qchain.plan.names import absolute_name, backing_name, relative_name, saved_name
+from qchain.plan.names import (
+    MANIFEST_SUFFIX,
+    absolute_name,
+    backing_name,
+    relative_name,
+    saved_name,
+)
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
 from qchain.plan.steps import (
@@ -40,10 +46,14 @@ from qchain.plan.steps import (
     SymbolicLink,
     Sync,
     TakeAttributes,
+    TakeManifest,
     Unlink,
 )
 
-__all__ = ["Above", "lead", "repoint", "sequence"]
+__all__ = ["MANIFEST", "Above", "keep_manifest", "lead", "repoint", "sequence"]
+
+MANIFEST = "manifest"
+"""The work file with the digests of the kept point (`qchain.verify.manifest`)."""
 
 
 @dataclass
@@ -79,6 +89,7 @@ class _Builder:
         )
         self.t_path, self.j_path = absolute_name(self.t.path), absolute_name(self.j.path)
         self.work = self.t_path.parent / f"{WORK_PREFIX}{self.token}"
+        self.manifest = self.work / MANIFEST
         self.alias = f"{WORK_PREFIX}{self.token}.b"
         self.pulls = self.t_index != self.group.members[-1] or bool(self.group.onto)
         self.room = 0 if self.t.file.is_block_device else self.candidate.target_growth_bytes
@@ -241,8 +252,11 @@ class _Builder:
         moved = self.candidate.traffic.commit_bytes + self.candidate.traffic.pull_bytes
         if self.options.verify == "full":
             moved = self.j.size
+        elif self.options.verify == "manifest":
+            moved += self.j.size
         formats = (self.j.format, self.t.format)
-        self.add(Compare(self.j_path, new, below, *formats, moved, self.backing_format()))
+        manifest = self.manifest if self.options.verify == "manifest" else None
+        self.add(Compare(self.j_path, new, below, *formats, moved, self.backing_format(), manifest))
 
     def way(self, final: Path) -> str | None:
         """The backing name during the switch: absolute where the directory changes."""
@@ -338,6 +352,8 @@ def sequence(
         builder.add(*bitmapsteps.prune(builder.t_path, fate.removed))
     if builder.t.format == "qcow2":
         builder.add(Freeze(builder.t_path, builder.work / "before"))
+    if options.verify == "manifest":
+        builder.add(TakeManifest(builder.j_path, builder.manifest, builder.j.size))
     if builder.t is not builder.j:
         builder.commit()
     if builder.direct:
@@ -349,12 +365,22 @@ def sequence(
     builder.delete(final)
     if builder.t.format == "qcow2":
         builder.add(Unlink(builder.work / "before"), Unlink(builder.work / "rescued"))
+    if options.verify == "manifest":
+        builder.add(*keep_manifest(builder.manifest, final, options))
     if fate.carried:
         builder.add(Unlink(builder.work / bitmapsteps.BITMAPS))
     if builder.covered:
         builder.add(Unlink(builder.work / bitmapsteps.COVER))
     builder.add(RemoveDirectory(builder.work), Sync(builder.t_path.parent))
     return builder.steps, final
+
+
+def keep_manifest(manifest: Path, final: Path, options: MergeOptions) -> list[Step]:
+    """The manifest goes; with --keep-files it stays beside the result."""
+    kept: list[Step] = []
+    if options.keep_files:
+        kept = [HardLink(manifest, saved_name(final, MANIFEST_SUFFIX)), Sync(final.parent)]
+    return [*kept, Unlink(manifest)]
 
 
 def repoint(

@@ -27,6 +27,7 @@ __all__ = [
     "SymbolicLink",
     "Sync",
     "TakeAttributes",
+    "TakeManifest",
     "Unlink",
     "shell_line",
 ]
@@ -60,11 +61,20 @@ class Freeze:
 
 
 @dataclass(frozen=True, slots=True)
+class TakeManifest:
+    """Digests of all that the kept point `image` reads, into the new file `into`."""
+
+    image: Path
+    into: Path
+    weight: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Compare:
     """The kept point `old`, as it read before, against the new view of `new`.
 
     `below`: the chain that `new` is to be read over, whatever its header names, and
-    the format of its uppermost image.
+    the format of its uppermost image. `manifest`: what the result is to be held against, too.
     """
 
     old: Path
@@ -74,6 +84,7 @@ class Compare:
     new_format: str = "qcow2"
     weight: int = 0
     below_format: str | None = None
+    manifest: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +182,7 @@ Step = (
     | HardLink
     | SymbolicLink
     | TakeAttributes
+    | TakeManifest
     | Sync
     | Rename
     | Unlink
@@ -208,7 +220,7 @@ def arguments(step: Step, program: str = "qemu-img") -> list[str] | None:
             return ["mv", "-T", "--", str(old), str(new)]
         case Unlink(path):
             return ["rm", "-f", "--", str(path)]
-        case Freeze() | Confirm() | Adopt() | ConfirmBitmaps():
+        case Freeze() | TakeManifest() | Confirm() | Adopt() | ConfirmBitmaps():
             return None
 
 
@@ -238,6 +250,8 @@ def as_json(step: Step, program: str = "qemu-img") -> dict[str, object]:
             return {"adopt": str(image)}
         case ConfirmBitmaps(image, names, gone):
             return {"confirm_bitmaps": str(image), "names": list(names), "gone": list(gone)}
+        case TakeManifest(image, into):
+            return {"manifest": [str(image), str(into)]}
         case Freeze(image, into):
             return {"freeze": [str(image), str(into)]}
         case _:

@@ -28,6 +28,7 @@ from qchain.run.locking import ChainLocks, sole
 from qchain.run.qemu_img import QemuImg
 from qchain.run.room import shortage_told
 from qchain.run.survey import refuse_overlays
+from qchain.run.whole import Whole, weight_of
 
 __all__ = ["MergeResult", "Observer", "Silent", "execute", "named", "run_group"]
 
@@ -43,7 +44,7 @@ def named(paths: Sequence[Path]) -> str:
 class Silent:
     """An observer that does not look."""
 
-    def step(self, label: str, total: int) -> None: ...
+    def step(self, label: str, total: int, done: int = 0) -> None: ...
 
     def advance(self, done: int, total: int) -> None: ...
 
@@ -189,7 +190,7 @@ def execute(
         raise Refused("merge", plan.refusals[0], "")
     begun = time.monotonic()
     qemu = qemu or QemuImg()
-    observer = observer or Silent()
+    whole = Whole(observer or Silent(), weight_of(plan.steps))
     compared, verified = 0, True
     mode = plan.options.verify
     tree = tree_of(chain)
@@ -213,7 +214,7 @@ def execute(
             journal = Journal.begin(plan)
             for number, (group, record) in enumerate(zip(plan.groups, journal.groups, strict=True)):
                 held = [layers[index] for index in (*group.group.line, *group.group.onto)]
-                run = GroupRun(record, held, mode, qemu, observer, locks)
+                run = GroupRun(record, held, mode, qemu, whole, locks)
                 run_group(run, journal, number, 0, before_step)
                 _let_go(locks)
                 if run.old.comparison is not None:

@@ -12,7 +12,16 @@ from qchain.chain.scan import WORK_PREFIX
 from qchain.errors import FailedMidway, QchainError
 from qchain.hostfile import HostFile
 from qchain.plan.commands import rebase_unsafe_argv, resize_shrink_argv, unlocked_argv
-from qchain.plan.steps import Command, Freeze, HardLink, MakeDirectory, Rename, SymbolicLink, Unlink
+from qchain.plan.steps import (
+    Command,
+    Freeze,
+    HardLink,
+    MakeDirectory,
+    Rename,
+    SymbolicLink,
+    TakeManifest,
+    Unlink,
+)
 from qchain.qcow2.header import read_header
 from qchain.run.bitmaps import give_back
 from qchain.run.confirm import confirm
@@ -52,6 +61,8 @@ def resume_at(run: GroupRun, index: int, *, done: bool = False) -> None:
             run.made += [into, rescued_beside(into)]
             if done and into.exists() and run.old.layers:
                 run.old.look_back(into)
+        case TakeManifest(_, into):
+            run.made.append(into)
         case HardLink(existing, link):
             run.note_link(existing, link)
         case SymbolicLink(_, link):
@@ -154,6 +165,8 @@ def _work_files(run: GroupRun) -> Iterator[Path]:
                 yield path
             case Freeze(_, into):
                 yield from (into, rescued_beside(into))
+            case TakeManifest(_, into):
+                yield into
             case HardLink(_, link) | SymbolicLink(_, link) if link.parent in directories:
                 yield link
             case Command(argv) if argv[0] == "create":

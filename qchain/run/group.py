@@ -33,6 +33,7 @@ from qchain.plan.steps import (
     SymbolicLink,
     Sync,
     TakeAttributes,
+    TakeManifest,
     Unlink,
 )
 from qchain.qcow2.header import read_header
@@ -57,8 +58,8 @@ __all__ = ["GroupRun", "Observer"]
 class Observer(Protocol):
     """Who wants to see how it goes on. All amounts in bytes."""
 
-    def step(self, label: str, total: int) -> None:
-        """A step of `total` expected bytes begins (0: it is short)."""
+    def step(self, label: str, total: int, done: int = 0) -> None:
+        """A step begins: of `total` expected bytes `done` are (total 0: it is short)."""
 
     def advance(self, done: int, total: int) -> None:
         """How far the present step is."""
@@ -113,6 +114,11 @@ class GroupRun:
             case Freeze(_, into):
                 self.made += [into, rescued_beside(into)]
                 self.old.freeze(into)
+            case TakeManifest(_, into):
+                self.made.append(into)
+                self.observer.step("digest", step.weight)
+                self.old.take_manifest(into, self.observer.advance)
+                fsync_directory(into.parent)
             case Compare():
                 self.observer.step("verify", step.weight)
                 full = self.verify == "full"

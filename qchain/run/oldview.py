@@ -6,6 +6,7 @@ content is found: a copy of it is kept (`qchain.verify.frozen`), and looked thro
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from qchain.plan.steps import Compare
 from qchain.plan.traffic import commit_granularity
 from qchain.qcow2.header import read_header
 from qchain.run.journal import GroupRecord
+from qchain.run.private import open_private
 from qchain.verify.compare import Comparison, compare
 from qchain.verify.frozen import freeze, frozen_view, open_rescued, rescue
+from qchain.verify.manifest import check_manifest, take_manifest
 
 __all__ = ["OldView", "rescued_beside"]
 
@@ -61,6 +64,14 @@ class OldView:
             self._opened.append(kept_out.file)
             self.line.insert(place, kept_out)
 
+    def take_manifest(self, into: Path, progress: Callable[[int, int], None]) -> None:
+        """Write the digests of all that the point reads to the new file `into`."""
+        fd = open_private(into)
+        try:
+            take_manifest(self._now(), fd, progress)
+        finally:
+            os.close(fd)
+
     def compare(
         self, step: Compare, everything: bool, progress: Callable[[int, int], None], resumed: bool
     ) -> None:
@@ -78,10 +89,10 @@ class OldView:
             raise FailedMidway(
                 step.new, f"has {new.size} bytes after the merge, not {self.line[0].size}"
             )
-        old = list(self.line)
-        if self.record.target > 0:
-            old[0] = self._fresh(old[0])
-        found = compare(old, [new, *self.below], everything=everything, progress=progress)
+        view = [new, *self.below]
+        found = compare(self._now(), view, everything=everything, progress=progress)
+        if found.identical and step.manifest is not None:
+            found = check_manifest(step.manifest, view, progress)
         self.comparison = found
         if not found.identical:
             raise FailedMidway(
@@ -91,6 +102,13 @@ class OldView:
                 + resumed
                 * ", and a guest that ran after the stop may be the reason",
             )
+
+    def _now(self) -> list[Layer]:
+        """The old view, with what has been mapped in the kept image since it was opened."""
+        old = list(self.line)
+        if self.record.target > 0:
+            old[0] = self._fresh(old[0])
+        return old
 
     def _open(self, path: Path) -> HostFile:
         file = HostFile(path)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qchain.chain.chain import open_layer
@@ -31,6 +31,7 @@ from qchain.plan.steps import (
     Rename,
     SymbolicLink,
     Sync,
+    TakeManifest,
 )
 from qchain.run.bitmaps import bitmap_command, follow_kept, place_again
 from qchain.run.durable import discard_unwritten
@@ -38,8 +39,10 @@ from qchain.run.execute import Silent, named, run_group
 from qchain.run.goback import altered as altered_points
 from qchain.run.goback import put_back, resume, resume_at
 from qchain.run.group import GroupRun, Observer
+from qchain.run.identity import state_of
 from qchain.run.journal import GroupRecord, Journal
 from qchain.run.journal_file import find_journals, read_journal, unwritten
+from qchain.run.lawful import given_up
 from qchain.run.locking import ChainLocks, sole
 from qchain.run.qemu_img import QemuImg
 from qchain.run.survey import (
@@ -53,6 +56,7 @@ from qchain.run.survey import (
     refuse_overlays,
     renumber,
 )
+from qchain.run.whole import Whole, weight_of
 from qchain.verify.compare import compare
 
 __all__ = ["Recovered", "journals_at", "recover"]
@@ -150,11 +154,23 @@ def _one(path: Path, way: _Way) -> Recovered | None:
                     continue
                 discard_unwritten(path.with_name(f"{path.name}.new"))
                 renumber(again, files)
+                _require_any(again, files)
                 return _recovered(again, way)
     return None
 
 
+def _require_any(journal: Journal, files: Files) -> None:
+    """Raise `Refused` when every image under way is another file: there is nothing to finish."""
+    record = journal.groups[journal.group]
+    # Not by their device: its number may be another one after a mount.
+    there = {file.id.inode for file in files.values()}
+    if there.isdisjoint(known.id.inode for known in (record.goal, *record.members)):
+        why = "is about images that are not here any more: all were restored, it seems, or replaced"
+        raise Refused(journal.path, why, given_up(journal))
+
+
 def _recovered(journal: Journal, way: _Way) -> Recovered:
+    way = replace(way, observer=Whole(way.observer, _left(journal)))
     for number in range(journal.group, len(journal.groups)):
         record = journal.groups[number]
         first = _where_to_begin(record, journal.step) if number == journal.group else 0
@@ -176,6 +192,13 @@ def _recovered(journal: Journal, way: _Way) -> Recovered:
                 _forward(journal, first, files, layers, way, locks)
     journal.remove()
     return Recovered(journal.path, journal.active, "finished")
+
+
+def _left(journal: Journal) -> int:
+    """Bytes that are still to be moved and compared."""
+    first = _where_to_begin(journal.groups[journal.group], journal.step)
+    ahead = [record.steps for record in journal.groups[journal.group :]]
+    return weight_of([step for steps in ahead for step in steps]) - weight_of(ahead[0][:first])
 
 
 def _still(layers: dict[FileId, Layer]) -> None:
@@ -230,6 +253,9 @@ def _forward(
     record = journal.groups[journal.group]
     changed = examine(journal, record, first, files)
     refuse_overlays(journal, first, "or try 'qchain recover --back'")
+    kept = record.layers[0]
+    # By a guest, or by the merge itself, which may only have opened it.
+    written = kept.path not in files or state_of(files[kept.path]) != kept.state
     content = any(moves_content(step) for step in record.steps[first:])
     views = [layers[known.id] for known in record.layers] if content else []
     run = GroupRun(record, views, journal.verify, way.qemu, way.observer, locks)
@@ -239,10 +265,27 @@ def _forward(
         follow_kept(run, journal, first)
         if changed:
             _carry(run, journal, first, layers)
+        if written:
+            _take_manifest_again(run, first)
     except BaseException:
         run.close()
         raise
     run_group(run, journal, journal.group, first)
+
+
+def _take_manifest_again(run: GroupRun, first: int) -> None:
+    """Of the kept image as it is now.
+
+    Not where it is what is merged into: its old view holds nothing newer.
+    """
+    record = run.record
+    if record.target == 0 and record.copy is None:
+        return
+    if not any(isinstance(step, Compare) for step in record.steps[first:]):
+        return
+    for step in record.steps[:first]:
+        if isinstance(step, TakeManifest):
+            run.perform(step)
 
 
 def _carry(run: GroupRun, journal: Journal, first: int, layers: dict[FileId, Layer]) -> None:
