@@ -64,7 +64,7 @@ for path in files:
         if (now[at : at + 512] == was[at : at + 512]) == (now != was and os.environ["LIE"] == "rot")
         and pattern.match(now, at)
     ]
-if spots:
+if spots and not (os.environ["LIE"] == "rot" and "-u" in argv):
     path, at = dice.choice(spots)
     with open(path, "r+b") as file:
         file.seek(at + 100)
