@@ -115,7 +115,7 @@ class Counts:
             ("step", "step", "own", "both", "both", "both", "qemu", "time", "orphan")
         )
         writing = [at for at, calls in self.theirs.items() if calls]
-        if kind == "own" and not self.own or kind in ("both", "qemu", "orphan") and not writing:
+        if (kind == "own" and not self.own) or (kind in ("both", "qemu", "orphan") and not writing):
             kind = "step"
         if kind == "step":
             return Spot("step", dice.randrange(self.steps), nth=dice.randrange(2))
