@@ -182,7 +182,8 @@ def _from_the_start(run: GroupRun) -> None:
     if run.journal is not None:
         run.journal.altered = bool(altered(run, run.journal.step))
         run.journal.carrying = False
-        run.journal.settle()
+        # Not settled: after ^C nobody waits until gigabytes are flushed. No kept point needs
+        # them, and the first step makes anew all that it looks at.
         run.journal.write(run.journal.group, 0)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from qchain.plan.steps import Command, Compare, Step
+from qchain.plan.steps import Command, Compare, Step, TakeManifest
 from qchain.run.group import Observer
 
 __all__ = ["Whole", "weight_of"]
@@ -16,7 +16,7 @@ __all__ = ["Whole", "weight_of"]
 
 def weight_of(steps: Iterable[Step]) -> int:
     """Bytes that all of these steps are expected to move and to compare."""
-    return sum(step.weight for step in steps if isinstance(step, (Command, Compare)))
+    return sum(step.weight for step in steps if isinstance(step, (Command, Compare, TakeManifest)))
 
 
 class Whole:
