@@ -96,8 +96,8 @@ class OldView:
             if not found.identical and not resumed:
                 raise Damaged(
                     step.old,
-                    "the result differs from the manifest at guest offset "
-                    f"{found.first_difference} (in pieces of 64 KiB, {found.different_bytes} bytes)",
+                    f"the result differs from the manifest at guest offset {found.first_difference}"
+                    f", {found.different_bytes} bytes in pieces of 64 KiB",
                 )
         self.comparison = found
         if not found.identical:
