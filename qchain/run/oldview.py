@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qchain.chain.layer import Layer, Qcow2Layer, RawLayer
-from qchain.errors import FailedMidway
+from qchain.errors import Damaged, FailedMidway
 from qchain.hostfile import HostFile
 from qchain.plan.steps import Compare
 from qchain.plan.traffic import commit_granularity
@@ -93,6 +93,12 @@ class OldView:
         found = compare(self._now(), view, everything=everything, progress=progress)
         if found.identical and step.manifest is not None:
             found = check_manifest(step.manifest, view, progress)
+            if not found.identical and not resumed:
+                raise Damaged(
+                    step.old,
+                    f"the result differs from the manifest at guest offset {found.first_difference}"
+                    f", {found.different_bytes} bytes in pieces of 64 KiB",
+                )
         self.comparison = found
         if not found.identical:
             raise FailedMidway(
