@@ -20,10 +20,11 @@ from fixtures.oracle import qemu_check, qemu_img, raw_of
 from fixtures.shadow import shadow_points
 from qchain.chain.chain import open_chain
 from qchain.chain.gate import Gate
-from qchain.errors import ExitCode, FailedMidway
+from qchain.errors import ExitCode, FailedMidway, Refused
 from qchain.plan.options import MergeOptions
 from qchain.plan.plan import Plan, make_plan
 from qchain.plan.selection import Request
+from qchain.plan.steps import Confirm
 from qchain.run.execute import execute
 from qchain.run.qemu_img import QemuImg
 from qchain.run.recover import journals_at, recover
@@ -177,6 +178,8 @@ def test_a_pull_writes_the_header_last(tmp_path: Path, attached: list[str]) -> N
         if getattr(step, "argv", ("",))[0] == "rebase" and "-u" not in step.argv
     )  # fmt: skip
     assert argv[argv.index("-t") + 1] == "writethrough"
+    # With lazy refcounts it flushes a cluster and the table that names it together.
+    assert "lazy-refcounts=off" in argv[-1].split(",")
 
 
 @pytest.mark.parametrize("moment", range(1, 40, 3))
@@ -273,4 +276,25 @@ def test_a_device_written_to_meanwhile(tmp_path: Path, attached: list[str]) -> N
     program.chmod(0o755)
     with pytest.raises(FailedMidway):
         disk.merge(["a.qcow2"], MergeOptions(strategy="pull"), qemu=QemuImg(program), gate=GATE)
+    expect(disk, {name: name for name in disk.points})
+
+
+@pytest.mark.parametrize("device", [True, False])
+def test_going_back_to_what_is_gone(tmp_path: Path, attached: list[str], device: bool) -> None:
+    """The header names the new backing file already: a dropped image that is gone is not needed."""
+    disk = volumes(tmp_path, attached, devices=NAMES if device else ())
+    plan = plan_of(disk, ["a.qcow2", "b.qcow2"], MergeOptions(strategy="pull"))
+    confirmed = next(n for n, step in enumerate(plan.steps) if isinstance(step, Confirm))
+    with open_chain(disk.active, GATE) as chain:
+        plan = make_plan(chain, Request(drop=("a.qcow2", "b.qcow2")), MergeOptions("pull"))
+        assert killed(plan, chain, lambda seen, _step: seen == confirmed + 1)
+    aside = disk.directory / "aside"
+    gone = disk.directory / "a.qcow2"
+    gone.rename(aside)
+    assert raw_of(disk.active, "qcow2") == disk.points["top.qcow2"]
+    with pytest.raises(Refused, match="would back on it again"):
+        recover(journals_at(disk.directory), back=True)
+    assert raw_of(disk.active, "qcow2") == disk.points["top.qcow2"]
+    aside.rename(gone)
+    recover(journals_at(disk.directory), back=True)
     expect(disk, {name: name for name in disk.points})

@@ -186,6 +186,82 @@ def test_images_under_links(tmp_path: Path, strategy: str, names: str) -> None:
     assert recorded(result) == (str(known / "base.qcow2"), "qcow2")
 
 
+@pytest.mark.parametrize("names", POLICIES)
+@pytest.mark.parametrize("strategy", WAYS)
+def test_names_that_count_from_a_link(tmp_path: Path, strategy: str, names: str) -> None:
+    """What is opened through a link finds its backing file from the link's directory.
+
+    Killed before any step: every kept point reads right by the name that its user has.
+    """
+    number, came = WAYS.index(strategy), True
+    while came:
+        place = tmp_path / str(number)
+        real, known = place / "real", place / "deep" / "er"
+        real.mkdir(parents=True)
+        known.mkdir(parents=True)
+        files = [known / f"{name}.qcow2" for name in ("base", "a", "b", "top")]
+        lay(files, [None, "base.qcow2", str(files[1]), str(files[2])])
+        for path in files[2:]:
+            path.rename(real / f"x{path.name}")
+            path.symlink_to(real / f"x{path.name}")
+        points = points_of(4)
+        options = MergeOptions(strategy=strategy, names=names)
+        with open_chain(files[3], Gate(follow=True)) as chain:
+            plan = make_plan(chain, Request(drop=("a.qcow2", "b.qcow2")), options)
+            assert not plan.refusals, plan.refusals
+            came = killed(plan, chain, lambda seen, _step, at=number: seen == at)
+        result = plan.groups[0].result
+        assert result is not None
+        for path, point in ((files[0], points[0]), (files[3], points[3])):
+            if path.exists():
+                reads(path, point)
+        recover(journals_at(real) + journals_at(known))
+        for path in (result, *files):
+            if path.exists() and path.samefile(result):
+                reads(path, points[3])
+        number += 5
+
+
+@pytest.mark.parametrize("hops", [1, 2])
+def test_an_overlay_that_lies_beside_a_link(tmp_path: Path, hops: int) -> None:
+    real, known, other = tmp_path / "real", tmp_path / "known", tmp_path / "other"
+    for directory in (real, known, other):
+        directory.mkdir()
+    files = [known / name for name in ("base.qcow2", "a.qcow2", "top.qcow2")]
+    lay(files, [None, *map(str, files[:2])])
+    stranger = (known, other)[hops - 1] / "stranger.qcow2"
+    for path in files[1:]:
+        path.rename(real / path.name)
+        if hops == 2:
+            (other / path.name).symlink_to(real / path.name)
+        path.symlink_to((real, other)[hops - 1] / path.name)
+    # Only this directory holds it, and only the names of links lead there.
+    build_layer(stranger, parse_layer("1M:-"), 1 << 20, ("a.qcow2", "qcow2"))
+    (tmp_path / "elsewhere").mkdir()
+    files[0].rename(tmp_path / "elsewhere" / "base.qcow2")
+    files[0].symlink_to(tmp_path / "elsewhere" / "base.qcow2")
+    with open_chain(files[2], Gate(follow=True)) as chain:
+        plan = make_plan(chain, Request(drop=("a.qcow2",)))
+    assert any("stranger.qcow2: backs on a.qcow2" in line for line in plan.refusals)
+
+
+def test_a_saved_plan_of_links(tmp_path: Path) -> None:
+    real, known = tmp_path / "real", tmp_path / "known"
+    real.mkdir()
+    known.mkdir()
+    files = [known / name for name in ("base.qcow2", "a.qcow2", "top.qcow2")]
+    lay(files, [None, *map(str, files[:2])])
+    for path in files:
+        path.rename(real / f"x{path.name}")
+        path.symlink_to(real / f"x{path.name}")
+    saved = tmp_path / "plan.json"
+    words = ("--follow", "--drop", "a.qcow2", "-o", str(saved), str(files[2]))
+    assert run("plan", *words).code == 0
+    assert run("apply", "--follow", "--yes", str(saved)).code == 0
+    reads(files[2], points_of(3)[2])
+    assert not files[1].exists()
+
+
 def test_a_link_from_which_names_mean_others(tmp_path: Path) -> None:
     """Relative ones, where the links lie in another directory than the files."""
     (tmp_path / "top.real").mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from qchain.chain.layer import Layer
@@ -14,6 +15,7 @@ __all__ = [
     "backing_name",
     "relative_name",
     "saved_name",
+    "valid_name",
 ]
 
 SAVED_SUFFIX = ".qchain-old"
@@ -51,6 +53,15 @@ def backing_name(overlay: Layer, below: Layer, directory: Path) -> str:
     if absolute_name(overlay.path).parent == directory:
         return overlay.backing.name
     return relative_name(path, directory)
+
+
+def valid_name(name: str, path: Path, directories: Iterable[Path]) -> str:
+    """`name` if it means `path` from all these directories as well, else its absolute name."""
+    try:
+        valid = all((directory / name).samefile(path) for directory in directories)
+    except OSError:
+        valid = False
+    return name if valid else str(path)
 
 
 def relative_name(path: Path, directory: Path) -> str:

@@ -14,7 +14,7 @@ from qchain.chain.layer import Layer
 from qchain.plan.bitmaps import bitmap_refusals, fate_of
 from qchain.plan.candidates import Candidate
 from qchain.plan.choice import GroupPlan, choices, impossible, space_of
-from qchain.plan.links import stand_for_links
+from qchain.plan.links import link_directories, seen_from, stand_for_links
 from qchain.plan.model import DEFAULT, TimeModel
 from qchain.plan.naming import naming_refusals
 from qchain.plan.options import MergeOptions
@@ -157,6 +157,8 @@ def make_plan(
     changed = {index for group in bare for index in group.members}
     changed |= {above for group in bare for above in tree.overlays[group.kept]}
     links = stand_for_links(layers[index] for index in sorted(changed))
+    looked_in = (*options.scan, *link_directories(links.values()))
+    options = replace(options, scan=tuple(dict.fromkeys(looked_in)))
     unfinished = unfinished_refusals(layers, bare, token or "")
     chosen = choices(tree, bare, options, model, progress, behaviour_of(version))
     refusals = _refusals(tree, chosen, options)
@@ -171,19 +173,24 @@ def make_plan(
     for plan in chosen:
         group = plan.group
         if not refusals and plan.chosen is not None:
-            above = [*results.get(group.kept, ()), *_kept_above(tree, group, dropped)]
+            above = [*results.get(group.kept, ()), *_kept_above(tree, group, dropped, links)]
+            elsewhere = seen_from(tree, group.members, links)
             # Not to be told from the journal's name, which all can see before the work begins.
             secret = secrets.token_hex(8)
             copies = plan.chosen.target is None
             fate = fate_of(layers, group, plan.chosen.target, options)
             if copies:
-                steps, result = copy_sequence(layers, group, plan.chosen, options, secret, above)
+                steps, result = copy_sequence(
+                    layers, group, plan.chosen, options, secret, above, elsewhere
+                )
             else:
-                steps, result = sequence(layers, group, plan.chosen, options, secret, above, fate)
+                steps, result = sequence(
+                    layers, group, plan.chosen, options, secret, above, fate, elsewhere
+                )
             # A new file is as the kept image is.
             like = layers[group.kept if plan.chosen.target is None else plan.chosen.target]
             if group.below is not None:
-                made = Above(result, like.format, _relative(layers, group))
+                made = Above(result, like.format, _relative(layers, group) and not elsewhere)
                 results.setdefault(group.below, []).append(made)
             files |= {step.image: like for step in steps if isinstance(step, Adopt)}
             narrow += naming_refusals(steps, files)
@@ -222,7 +229,9 @@ def _relative(layers: Sequence[Layer], group: Group) -> bool:
     return backing is not None and not backing.name.startswith("/")
 
 
-def _kept_above(tree: ChainTree, group: Group, dropped: frozenset[int]) -> list[Above]:
+def _kept_above(
+    tree: ChainTree, group: Group, dropped: frozenset[int], links: Mapping[Path, Path]
+) -> list[Above]:
     """The kept images that back on the group's kept image, and name it as they always did."""
     out = []
     for index in tree.overlays[group.kept]:
@@ -230,5 +239,6 @@ def _kept_above(tree: ChainTree, group: Group, dropped: frozenset[int]) -> list[
         if index not in dropped:
             assert overlay.backing is not None
             relative = not overlay.backing.name.startswith("/")
+            relative = relative and not seen_from(tree, [index], links)
             out.append(Above(Path(os.path.abspath(overlay.path)), overlay.format, relative))
     return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from qchain.chain.chain_tree import ChainTree
 from qchain.chain.layer import Layer
@@ -85,16 +86,19 @@ class Group:
 
 def find_layer(name: str, layers: Sequence[Layer]) -> int:
     """The layer that `name` means. Raises `UsageError` when none or several do."""
-    return find_layers([name], layers)[0]
+    return find_layers([name], [layer.path for layer in layers])[0]
 
 
-def find_layers(names: Sequence[str], layers: Sequence[Layer]) -> list[int]:
-    """The layers that the names mean. Raises `UsageError` when none or several do."""
+def find_layers(names: Sequence[str], paths: Sequence[Path]) -> list[int]:
+    """The layers, at these `paths`, that the names mean.
+
+    Raises: `UsageError` when none or several do.
+    """
     by_path: dict[str, list[int]] = {}
     by_name: dict[str, list[int]] = {}
-    for index, layer in enumerate(layers):
-        by_path.setdefault(os.path.realpath(layer.path), []).append(index)
-        by_name.setdefault(layer.path.name, []).append(index)
+    for index, path in enumerate(paths):
+        by_path.setdefault(os.path.realpath(path), []).append(index)
+        by_name.setdefault(path.name, []).append(index)
     out = []
     for name in names:
         found = by_path.get(os.path.realpath(name), []) if os.path.lexists(name) else []
@@ -104,8 +108,8 @@ def find_layers(names: Sequence[str], layers: Sequence[Layer]) -> list[int]:
             why = "more than one image of the chain has this name"
             raise UsageError(name, why, "give its path")
         if not found:
-            known = ", ".join(layer.path.name for layer in layers[:8])
-            more = ", ..." if len(layers) > 8 else ""
+            known = ", ".join(path.name for path in paths[:8])
+            more = ", ..." if len(paths) > 8 else ""
             raise UsageError(name, "is not in the chain", f"the chain is: {known}{more}")
         out.append(found[0])
     return out
@@ -123,14 +127,15 @@ def select(request: Request, tree: ChainTree) -> frozenset[int]:
             "plan", "needs exactly one of --drop, --keep, --flatten, --collapse", "choose one"
         )
     layers = tree.layers
+    paths = [layer.path for layer in layers]
     inner = frozenset(range(len(layers))) - frozenset(tree.actives)
     if request.flatten:
         return inner
     if request.collapse:
         return frozenset(index for index in inner if tree.below[index] is not None)
     if request.keep:
-        return inner.difference(find_layers(request.keep, layers))
-    dropped = frozenset(find_layers(request.drop, layers))
+        return inner.difference(find_layers(request.keep, paths))
+    dropped = frozenset(find_layers(request.drop, paths))
     for active in sorted(dropped - inner):
         raise UsageError(
             layers[active].path,

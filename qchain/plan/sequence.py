@@ -30,6 +30,7 @@ from qchain.plan.names import (
     backing_name,
     relative_name,
     saved_name,
+    valid_name,
 )
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
@@ -74,6 +75,7 @@ class _Builder:
     token: str
     above: Sequence[Above]
     fate: Fate
+    elsewhere: Sequence[Path] = ()
     steps: list[Step] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -94,7 +96,8 @@ class _Builder:
         self.pulls = self.t_index != self.group.members[-1] or bool(self.group.onto)
         self.room = 0 if self.t.file.is_block_device else self.candidate.target_growth_bytes
         # Neither link nor alias beside a device; and in /dev both would not outlive power loss.
-        self.direct = self.pulls and self.t.file.is_block_device
+        # Whoever opens an image through a link looks for the alias beside that link.
+        self.direct = self.pulls and (self.t.file.is_block_device or bool(self.elsewhere))
         # The kept image's bitmaps are to outlive a commit that is killed.
         self.covered = self.t is not self.j and has_bitmaps(self.j)
 
@@ -108,9 +111,12 @@ class _Builder:
         if self.group.below is None:
             return None
         below = self.layers[self.group.below]
+        path = absolute_name(below.path)
         if self.group.onto:
-            return self.other_name(absolute_name(below.path), directory)
-        return backing_name(self.lowest, below, directory)
+            name = self.other_name(path, directory)
+        else:
+            name = backing_name(self.lowest, below, directory)
+        return valid_name(name, path, self.elsewhere)
 
     def new_backing(self) -> Path | None:
         if self.group.below is None:
@@ -337,6 +343,7 @@ def sequence(
     token: str,
     above: Sequence[Above],
     fate: Fate = NOTHING,
+    elsewhere: Sequence[Path] = (),
 ) -> tuple[list[Step], Path]:
     """The steps that merge `group` by `candidate`, and the path of the result.
 
@@ -344,8 +351,9 @@ def sequence(
         token: makes the names of the work directory and the aliases unique.
         above: what backs on the kept image, for the policies that re-point it.
         fate: what becomes of the group's bitmaps.
+        elsewhere: directories of links from which qemu may resolve a backing name of it.
     """
-    builder = _Builder(layers, group, candidate, options, token, above, fate)
+    builder = _Builder(layers, group, candidate, options, token, above, fate, elsewhere)
     builder.add(MakeDirectory(builder.work))
     builder.add(*bitmapsteps.save(layers, fate, builder.work, builder.j.size))
     if builder.t is not builder.j:

@@ -13,7 +13,7 @@ from qchain.chain.layer import Layer
 from qchain.chain.scan import WORK_PREFIX
 from qchain.plan.candidates import Candidate
 from qchain.plan.copying import copy_argvs
-from qchain.plan.names import absolute_name, backing_name, saved_name
+from qchain.plan.names import absolute_name, backing_name, saved_name, valid_name
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
 from qchain.plan.sequence import MANIFEST, Above, keep_manifest, lead
@@ -43,6 +43,7 @@ def copy_sequence(
     options: MergeOptions,
     token: str,
     above: Sequence[Above],
+    elsewhere: Sequence[Path] = (),
 ) -> tuple[list[Step], Path]:
     """The steps that replace `group` by a new file, and the path of the result.
 
@@ -60,7 +61,9 @@ def copy_sequence(
     if manifest is not None:
         steps.append(TakeManifest(j_path, manifest, kept.size))
     lowest = layers[group.members[-1]]
-    name = None if below is None else backing_name(lowest, below, final.parent)
+    name = None
+    if below is not None and below_path is not None:
+        name = valid_name(backing_name(lowest, below, final.parent), below_path, elsewhere)
     steps += _filled(layers, group, candidate, image, name)
     below_format = None if below is None else below.format
     steps += [Sync(image), Sync(work), Adopt(image)]

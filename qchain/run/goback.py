@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qchain.chain.scan import WORK_PREFIX
+from qchain.chain.scan import WORK_PREFIX, identity
 from qchain.errors import FailedMidway, QchainError
 from qchain.hostfile import HostFile
 from qchain.plan.commands import rebase_unsafe_argv, resize_shrink_argv, unlocked_argv
@@ -32,7 +32,16 @@ from qchain.run.oldview import rescued_beside
 if TYPE_CHECKING:
     from qchain.run.group import GroupRun
 
-__all__ = ["altered", "created", "led_away", "put_back", "restore_backing", "resume", "resume_at"]
+__all__ = [
+    "altered",
+    "created",
+    "led_away",
+    "put_back",
+    "require_old_chain",
+    "restore_backing",
+    "resume",
+    "resume_at",
+]
 
 
 def resume(run: GroupRun, step: int) -> None:
@@ -75,8 +84,26 @@ def resume_at(run: GroupRun, index: int, *, done: bool = False) -> None:
             pass
 
 
+def require_old_chain(run: GroupRun) -> None:
+    """Raise `FailedMidway` unless there is all that the target is to read through again.
+
+    Its header may name the new backing file by now, and then it needs nothing of the old.
+    """
+    record = run.record
+    if record.present is None:
+        return
+    for place in range(record.target + 1, max(record.count, record.target + 2)):
+        known = record.layers[place]
+        found = identity(known.path)
+        # Below the group an earlier one may have given the name to its result.
+        if found is None or (place < record.count and found != known.id):
+            why = "is missing" if found is None else "is another file"
+            raise FailedMidway(known.path, f"{why}, and {run.t_path.name} would back on it again")
+
+
 def restore_backing(run: GroupRun) -> None:
     """Let the target's header name its old backing file again; its content is the same."""
+    require_old_chain(run)
     name, fmt = run.record.present or (None, None)
     argv = rebase_unsafe_argv(run.t_path, "qcow2", name, fmt)
     if run.journal is not None:

@@ -155,9 +155,10 @@ class _Rule:
         if argv[0] == "create":
             return self._work((step.cwd or Path("/")) / argv[-2])
         if "--image-opts" in argv:
-            # A pull into the hard link to the target: what is written to is named there.
+            # A pull into the target or the hard link to it: what is written to is named there.
             target = self.group.layers[self.group.target].path
-            names = [str(each.link).replace(",", ",,") for each in self._links(target)]
+            paths = [target, *(each.link for each in self._links(target))]
+            names = [str(path).replace(",", ",,") for path in paths]
             named = any(f",file.filename={name}," in argv[-1] for name in names)
             return step.writes == (target,) and named
         return set(_images(argv)) <= set(step.writes)

@@ -21,7 +21,7 @@ from qchain.chain.chain import open_layer
 from qchain.chain.gate import Gate
 from qchain.chain.layer import Layer
 from qchain.chain.scan import places_of
-from qchain.errors import FailedMidway, ImageError, Refused
+from qchain.errors import FailedMidway, ImageError, QchainError, Refused
 from qchain.hostfile import FileId, HostFile
 from qchain.plan.steps import (
     Command,
@@ -37,7 +37,7 @@ from qchain.run.bitmaps import bitmap_command, follow_kept, place_again
 from qchain.run.durable import discard_unwritten
 from qchain.run.execute import Silent, named, run_group
 from qchain.run.goback import altered as altered_points
-from qchain.run.goback import put_back, resume, resume_at
+from qchain.run.goback import led_away, put_back, require_old_chain, resume, resume_at
 from qchain.run.group import GroupRun, Observer
 from qchain.run.identity import state_of
 from qchain.run.journal import GroupRecord, Journal
@@ -355,8 +355,22 @@ def _back(run: GroupRun, journal: Journal, give_up_dropped: bool) -> Recovered:
             "read as before, and going back does not change that",
             "run 'qchain recover' to finish, or add --give-up-dropped to go back all the same",
         )
+    _require_way_back(run)
     follow_kept(run, journal, journal.step)
     if not put_back(run):
         raise FailedMidway(journal.active, "could not be put back as it was")
     journal.remove()
     return Recovered(journal.path, journal.active, "put back", tuple(altered))
+
+
+def _require_way_back(run: GroupRun) -> None:
+    """Raise `Refused` where the target's header would be led to what is not there any more."""
+    try:
+        away = led_away(run)
+    except (QchainError, OSError):
+        return  # going back says so
+    if away:
+        try:
+            require_old_chain(run)
+        except FailedMidway as error:
+            raise Refused(error.what, error.why, "put back what was there") from None

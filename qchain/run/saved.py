@@ -48,11 +48,13 @@ _SHOWN = 200  # characters of a text from the file in a message
 
 def saved_document(plan: Plan, program: str = "qemu-img") -> dict[str, object]:
     """What is to be saved of a plan. `program`: the name of qemu-img in its commands."""
+    # As the chain knows them: where links are, the plan has the names of the files.
+    names = [plan.links.get(layer.path, layer.path) for layer in plan.layers]
     request = {
         "actives": list(plan.tree.actives),
         # A name counts from where the command was given: here all are whole.
-        "drop": _whole(plan.request.drop, plan.layers),
-        "keep": _whole(plan.request.keep, plan.layers),
+        "drop": _whole(plan.request.drop, names),
+        "keep": _whole(plan.request.keep, names),
         "flatten": plan.request.flatten,
         "collapse": plan.request.collapse,
     }
@@ -64,12 +66,15 @@ def saved_document(plan: Plan, program: str = "qemu-img") -> dict[str, object]:
         **plan.as_json(program),
         "request": request,
         "options": options,
-        "files": [layer_json(_as_planned(layer)) for layer in plan.layers],
+        "files": [
+            layer_json(replace(_as_planned(layer), path=name.absolute()))
+            for layer, name in zip(plan.layers, names, strict=True)
+        ],
     }
 
 
-def _whole(names: Sequence[str], layers: Sequence[Layer]) -> list[str]:
-    return [str(layers[number].path.absolute()) for number in find_layers(names, layers)]
+def _whole(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
+    return [str(paths[number].absolute()) for number in find_layers(names, paths)]
 
 
 def _stored(options: MergeOptions, name: str) -> object:
