@@ -230,17 +230,17 @@ def place_again(run: GroupRun, journal: Journal, first: int) -> None:
             run.perform(step)
 
 
-def give_back(run: GroupRun) -> None:
+def give_back(run: GroupRun, altered: bool) -> None:
     """Where the target is put back, give it again the bitmaps that the merge took from it.
 
     As they were saved, so that they may mark more than they did. A commit that has begun
-    has changed what they are about: then they stay away.
+    has changed what they are about (`altered`): then they stay away.
     """
     record, saved = run.record, _saved(run.record)
     journal = run.journal
     if saved is None or not saved.exists() or journal is None:
         return
-    if journal.step <= _confirmed(record, saved) or run.altered(journal.step):
+    if journal.step <= _confirmed(record, saved) or altered:
         return
     taken = {
         step.argv[-1]

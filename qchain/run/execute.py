@@ -20,6 +20,8 @@ from qchain.errors import FailedMidway, QchainError, Refused
 from qchain.plan.plan import Plan
 from qchain.plan.refusals import overlay_refusals, unfinished_refusals
 from qchain.plan.steps import Command, Rename, Step, Sync, Unlink
+from qchain.run.goback import altered as altered_points
+from qchain.run.goback import put_back
 from qchain.run.group import GroupRun, Observer
 from qchain.run.journal import Journal
 from qchain.run.locking import ChainLocks, sole
@@ -88,8 +90,8 @@ def run_group(
             if isinstance(step, Sync) and journal.unsettled:
                 journal.settle()
     except (KeyboardInterrupt, OSError, QchainError) as error:
-        altered = run.altered(index)
-        whole = run.put_back()
+        altered = altered_points(run, index)
+        whole = put_back(run)
         if whole:
             journal.remove()
         if isinstance(error, KeyboardInterrupt):
@@ -203,8 +205,8 @@ def execute(
                 run = GroupRun(record, held, mode, qemu, observer, locks)
                 run_group(run, journal, number, 0, before_step)
                 _let_go(locks)
-                if run.comparison is not None:
-                    compared += run.comparison.compared_bytes
-                    verified = verified and run.comparison.identical
+                if run.old.comparison is not None:
+                    compared += run.old.comparison.compared_bytes
+                    verified = verified and run.old.comparison.identical
             journal.remove()
     return MergeResult(mode, compared, verified and mode != "none", time.monotonic() - begun)

@@ -34,6 +34,8 @@ from qchain.plan.steps import (
 from qchain.run.bitmaps import bitmap_command, follow_kept, place_again
 from qchain.run.durable import discard_unwritten
 from qchain.run.execute import Silent, named, run_group
+from qchain.run.goback import altered as altered_points
+from qchain.run.goback import put_back, resume, resume_at
 from qchain.run.group import GroupRun, Observer
 from qchain.run.journal import GroupRecord, Journal
 from qchain.run.journal_file import find_journals, read_journal, unwritten
@@ -229,7 +231,7 @@ def _forward(
     views = [layers[known.id] for known in record.layers] if content else []
     run = GroupRun(record, views, journal.verify, way.qemu, way.observer, locks)
     run.journal = journal
-    run.resume(first)
+    resume(run, first)
     try:
         follow_kept(run, journal, first)
         if changed:
@@ -291,15 +293,15 @@ def _all_there(record: GroupRecord, layers: dict[FileId, Layer]) -> bool:
 def _back(run: GroupRun, journal: Journal, give_up_dropped: bool) -> Recovered:
     """Undo the group under way; what it had begun may have been done or not."""
     run.journal = journal
-    run.resume(journal.step)
-    run.resume_at(journal.step)
+    resume(run, journal.step)
+    resume_at(run, journal.step)
     if run.switched:
         raise Refused(
             journal.active,
             "the merge has already switched to its result; it can only go forward",
             "run 'qchain recover' without --back",
         )
-    altered = run.altered(journal.step)
+    altered = altered_points(run, journal.step)
     if altered and not give_up_dropped:
         raise Refused(
             journal.active,
@@ -308,7 +310,7 @@ def _back(run: GroupRun, journal: Journal, give_up_dropped: bool) -> Recovered:
             "run 'qchain recover' to finish, or add --give-up-dropped to go back all the same",
         )
     follow_kept(run, journal, journal.step)
-    if not run.put_back():
+    if not put_back(run):
         raise FailedMidway(journal.active, "could not be put back as it was")
     journal.remove()
     return Recovered(journal.path, journal.active, "put back", tuple(altered))

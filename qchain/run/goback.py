@@ -1,0 +1,153 @@
+"""Going on after a stop, and going back: what a step left behind, and how it is undone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qchain.chain.scan import WORK_PREFIX
+from qchain.errors import FailedMidway, QchainError
+from qchain.hostfile import HostFile
+from qchain.plan.commands import rebase_unsafe_argv, unlocked_argv
+from qchain.plan.steps import Command, Freeze, HardLink, MakeDirectory, Rename, SymbolicLink, Unlink
+from qchain.qcow2.header import read_header
+from qchain.run.bitmaps import give_back
+from qchain.run.confirm import confirm
+from qchain.run.identity import state_of
+from qchain.run.oldview import rescued_beside
+
+if TYPE_CHECKING:
+    from qchain.run.group import GroupRun
+
+__all__ = ["altered", "created", "led_away", "put_back", "restore_backing", "resume", "resume_at"]
+
+
+def resume(run: GroupRun, step: int) -> None:
+    """Be as one who has done the steps before `step`."""
+    run.resumed = True
+    for index in range(step):
+        resume_at(run, index, done=True)
+
+
+def resume_at(run: GroupRun, index: int, *, done: bool = False) -> None:
+    """Note what step `index` leaves behind; unless `done` it may not have been reached."""
+    step = run.record.steps[index]
+    switches = isinstance(step, Rename)
+    if isinstance(step, Unlink):
+        switches = step.path in run.names and (done or not os.path.lexists(step.path))
+    elif isinstance(step, Command):
+        switches = run.repoints_above(step)
+    elif isinstance(step, Rename) and not done:
+        # Whether it was reached shows in the names.
+        switches = not os.path.lexists(step.old)
+    run.switched = run.switched or switches
+    match step:
+        case MakeDirectory(path):
+            run.made.append(path)
+        case Freeze(_, into):
+            run.made += [into, rescued_beside(into)]
+            if done and into.exists() and run.old.layers:
+                run.old.look_back(into)
+        case HardLink(existing, link):
+            run.note_link(existing, link)
+        case SymbolicLink(_, link):
+            run.note(link)
+        case Command(argv) if argv[0] == "create":
+            run.made.append(created(step))
+        case Command(argv) if argv[0] == "convert":
+            run.made.append(run.t_path)
+        case _:
+            pass
+
+
+def restore_backing(run: GroupRun) -> None:
+    """Let the target's header name its old backing file again; its content is the same."""
+    name, fmt = run.record.present or (None, None)
+    argv = rebase_unsafe_argv(run.t_path, "qcow2", name, fmt)
+    if run.journal is not None:
+        run.journal.write(run.journal.group, run.journal.step, (run.t_path,))
+    with run.locks.handed_over((run.t_path,), (), run.t_path) as held:
+        run.qemu.run(unlocked_argv(argv) if held else argv, pass_fds=held)
+    run.flush(run.t_path)
+    below = None if name is None else run.record.layers[run.record.target + 1].path
+    confirm(run.t_path, below, fmt, None, run.switched)
+
+
+def led_away(run: GroupRun) -> bool:
+    """Whether the target's header names another backing file than before the merge."""
+    present, raw = run.record.present, run.record.layers[run.record.target].format == "raw"
+    if raw or (present is None and not run.record.onto):
+        return False
+    with HostFile(run.t_path) as file:
+        name = read_header(file).backing_name
+        if file.id == run.record.layers[run.record.target].id:
+            return name != (None if present is None else present[0])
+    if name is not None and WORK_PREFIX in name:
+        raise FailedMidway(run.t_path, "is another file, and backs on a work file")
+    if any(path.name.endswith(".b") and os.path.lexists(path) for path in run.made):
+        # The image that was pulled into has another name now, and may name an alias.
+        raise FailedMidway(run.t_path, "is another file than the one pulled into")
+    return False  # another file: not ours to change
+
+
+def put_back(run: GroupRun) -> bool:
+    """Undo what was not switched, remove work files; whether that succeeded. Never raises."""
+    if run.switched:
+        return False
+    try:
+        if led_away(run):
+            restore_backing(run)
+        give_back(run, run.journal is not None and bool(altered(run, run.journal.step)))
+    except (QchainError, OSError):
+        return False  # the aliases must stay: the header may still name them
+    with contextlib.suppress(QchainError, OSError):
+        _from_the_start(run)
+    for existing, link in run.links:
+        with contextlib.suppress(OSError):
+            if link.samefile(existing):
+                link.unlink()
+    for path in reversed(run.made):
+        with contextlib.suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            else:
+                path.unlink(missing_ok=True)
+    return not any(os.path.lexists(path) for path in run.made)
+
+
+def _from_the_start(run: GroupRun) -> None:
+    """Whoever goes on from here has no work files any more: the first step is the next."""
+    if run.journal is not None:
+        run.journal.altered = bool(altered(run, run.journal.step))
+        run.journal.carrying = False
+        run.journal.settle()
+        run.journal.write(run.journal.group, 0)
+
+
+def altered(run: GroupRun, index: int) -> list[Path]:
+    """The dropped points that read otherwise than before, if the merge ends at step `index`.
+
+    A commit writes to the target: what shows through it, and is no kept point, changes.
+    """
+    steps = run.record.steps
+    commit = next(
+        (n for n, step in enumerate(steps) if isinstance(step, Command) and step.commits), None
+    )
+    before = run.journal is not None and run.journal.altered
+    if commit is None or (index < commit and not before):
+        return []
+    known = run.record.layers[run.record.target]
+    if index <= commit + 1 and not before:
+        # It may not have come to the first write: then the file is as it was noted.
+        with contextlib.suppress(QchainError, OSError), HostFile(run.t_path) as file:
+            if file.id == known.id and state_of(file) == known.state:
+                return []
+    return [record.path for record in run.record.layers[1 : run.record.target + 1]]
+
+
+def created(step: Command) -> Path:
+    """The image that a `create` makes: its last argument but the size, or the last."""
+    name = Path(step.argv[-2])
+    return name if step.cwd is None else step.cwd / name
