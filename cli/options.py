@@ -167,13 +167,16 @@ class Point(Common):
     ] = None
 
 
+Engine = Annotated[
+    str, typer.Option("--engine", metavar="WHO", help="Who writes: auto, qemu-img or native.")
+]
+
+
 @dataclass(frozen=True)
 class Carrying:
     """The options of every command that merges: how it is done."""
 
-    engine: Annotated[str, typer.Option("--engine", metavar="WHO", help="auto or qemu-img.")] = (
-        "auto"
-    )
+    engine: Engine = "auto"
     scan: Annotated[
         list[Path] | None,
         typer.Option("--scan", metavar="DIR", help="Look here for other overlays (repeatable)."),

@@ -298,7 +298,7 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
         )
         out.print(table(heads, rows))
     for candidate in group.candidates:
-        asked_for = (candidate.reason or "").startswith("--strategy ")
+        asked_for = (candidate.reason or "").startswith(("--strategy ", "--engine "))
         if not candidate.feasible and not asked_for:
             into = "a new file" if candidate.target is None else names[candidate.target]
             text = f"  {candidate.strategy} into {into}: not possible: {candidate.reason}"

@@ -199,7 +199,6 @@ def test_on_a_terminal_each_refusal_is_shown_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--flatten", "--engine", "native"),
         ("--flatten", "--verify", "manifest"),
     ],
 )
@@ -214,7 +213,7 @@ def test_what_comes_later_is_refused_by_name(disk: Disk, arguments: tuple[str, .
 def test_the_help_promises_nothing_that_comes_later(name: str) -> None:
     words = run(name, "--help").out
     assert "--engine" in words and "qemu-img" in words and "moved, full or none" in words
-    assert "native" not in words and "manifest" not in words
+    assert "manifest" not in words
 
 
 def test_a_mistake_is_told_before_the_question(disk: Disk) -> None:

@@ -459,7 +459,7 @@ def test_a_strategy_that_is_not_possible(tmp_path: Path, case: Impossible) -> No
 
 @pytest.mark.parametrize(
     "asked",
-    [{"engine": "native"}, {"verify": "manifest"}],
+    [{"verify": "manifest"}],
     ids=str,
 )
 def test_what_comes_with_later_versions_is_refused_by_name(asked: dict[str, Any]) -> None:

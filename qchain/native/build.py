@@ -21,7 +21,7 @@ from qchain.chain.reader import fill
 from qchain.chain.resolve import Runs
 from qchain.native.clusters import Clusters
 from qchain.native.merged import Group, Window, merged_windows
-from qchain.native.mover import Target
+from qchain.native.mover import Dry, Target
 from qchain.native.packed import take_over
 from qchain.native.tables import Tables
 from qchain.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, SUBCLUSTERS, ZERO, Kind
@@ -134,13 +134,11 @@ class Builder:
         own = window.own[rows].reshape(shape)
         zero = window.zero[rows].reshape(shape)
         # Units that hold data; the others are zeroes as a whole, or not the group's.
-        data = (own & ~zero).any(axis=2)
+        data: Bools = np.any(own, axis=2)
+        plain: Bools = np.zeros_like(data)
         if self.group.zeroes:
-            data |= own.any(axis=2) & ~zero.all(axis=2)
-            plain = zero.all(axis=2) & ~data
-        else:
-            data |= own.any(axis=2)
-            plain = np.zeros_like(data)
+            plain = np.all(zero, axis=2)
+            data &= ~plain
         if not self.extended:
             entries[rows[~data[:, 0]], 0] = ZERO
             wanted = rows[data[:, 0]]
@@ -150,9 +148,7 @@ class Builder:
             return
         self._extended(window, rows, data, plain, entries)
 
-    def _extended(
-        self, window: Window, rows: I64, data: Bools, plain: Bools, entries: U64
-    ) -> None:
+    def _extended(self, window: Window, rows: I64, data: Bools, plain: Bools, entries: U64) -> None:
         """Entries with subclusters; `data` and `plain` (zeroes) have shape (rows, 32)."""
         first, bitmap = entries[rows, 0], entries[rows, 1]
         home = np.where((first & np.uint64(COMPRESSED)) == 0, first & np.uint64(OFFSET_MASK), 0)
@@ -200,9 +196,7 @@ class Builder:
         fewer = np.count_nonzero((depth[1:] != depth[:-1]) | (host[1:] != tail[:-1]))
         return order if (fewer + 1) * _WORTH < breaks + 1 else guest
 
-    def _fetch(
-        self, window: Window, rows: I64, wanted: Bools, places: I64, again: bool
-    ) -> None:
+    def _fetch(self, window: Window, rows: I64, wanted: Bools, places: I64, again: bool) -> None:
         """Bring the wanted units of `rows` to the host offsets `places`.
 
         `again`: clusters that were there before, which do not read as zeroes.
@@ -242,6 +236,9 @@ class Builder:
         length = np.diff(np.append(first, len(at))) * unit
         line: Sequence[Layer] = self.group.line
         plain = cells.kind[first] == Kind.DATA
+        if isinstance(self.target, Dry):
+            self.target.count(int(length[plain].sum()), int(length[~plain].sum()), len(first))
+            return
         for depth, host, offset, count in zip(
             cells.depth[first[plain]].tolist(),
             cells.host[first[plain]].tolist(),

@@ -155,7 +155,7 @@ class Clusters:
                 break
             size = needed
         if size * self.cluster > MAX_REFCOUNT_TABLE_BYTES:
-            raise ImageError(self.target.path, "its refcount table would be too large", "")
+            raise ImageError(str(self.target.path), "its refcount table would be too large", "")
         return Placed(self.take(size) << self.cluster_bits, size)
 
 

@@ -21,4 +21,5 @@ def encode_refcounts(values: npt.NDArray[np.unsignedinteger], order: int) -> byt
     per_byte = 8 >> order
     shifts = np.arange(0, 8, 1 << order, dtype=np.uint8)
     parts = values.astype(np.uint8).reshape(-1, per_byte) << shifts
-    return np.bitwise_or.reduce(parts, axis=1).astype(np.uint8).tobytes()
+    packed: npt.NDArray[np.uint8] = np.bitwise_or.reduce(parts, axis=1)
+    return packed.tobytes()

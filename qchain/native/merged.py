@@ -18,7 +18,7 @@ import numpy.typing as npt
 from qchain.chain.layer import Cells, Layer
 from qchain.chain.resolve import resolve, windows
 from qchain.errors import DataError
-from qchain.qcow2.entries import NO_HOST, Kind
+from qchain.qcow2.entries import Kind
 
 __all__ = ["Group", "Window", "merged_windows"]
 
@@ -116,18 +116,20 @@ def _window(group: Group, low: int, high: int) -> Window:
 
 
 def _shaped(group: Group, low: int, depth: I32, cells: Cells, unit: int) -> Window:
-    """The cells in whole clusters; beyond the end of the disk nothing is allocated."""
+    """The cells in whole clusters; beyond the end of the disk they are as the last one is, but
+    without data."""
     factor = cells.unit // unit
     cells = cells.refine(unit)
     depth = np.repeat(depth, factor)
     per = group.cluster // unit
     missing = -len(depth) % per
+    kind, host = cells.kind, cells.host
     if missing:
-        depth = np.pad(depth, (0, missing))
-        kind = np.pad(cells.kind, (0, missing))
-        host = np.pad(cells.host, (0, missing), constant_values=np.uint64(NO_HOST))
-    else:
-        kind, host = cells.kind, cells.host
+        last = int(kind[-1])
+        depth = np.pad(depth, (0, missing), "edge")
+        host = np.pad(host, (0, missing), "edge")
+        # A cluster that grows one day must not show what was never the disk's.
+        kind = np.pad(kind, (0, missing), constant_values=Kind.ZERO if last == Kind.DATA else last)
     own = (kind != Kind.UNALLOCATED) & (depth < len(group.members))
     zero = own & ((kind == Kind.ZERO) | (kind == Kind.PAST_END))
     limit = group.below[0].size if group.below else 0

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from qchain.errors import DataError
 from qchain.hostfile import HostFile
 
-__all__ = ["Moved", "Target"]
+__all__ = ["Dry", "Moved", "Target"]
 
 _FICLONERANGE = 0x4020940D
 _RANGE = struct.Struct("=qQQQ")
@@ -158,3 +158,33 @@ class Target:
     def flush(self) -> None:
         """All of it is on the disk when this returns."""
         os.fsync(self.fd)
+
+
+class Dry(Target):
+    """A file that nothing is done to: what would be done is counted."""
+
+    def __init__(self, fd: int = -1) -> None:
+        self.fd, self.path = fd, ""
+        self.moved = Moved()
+
+    def read(self, offset: int, length: int) -> bytes:
+        return super().read(offset, length) if self.fd >= 0 else b""
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        self.moved.written += len(data)
+        self.moved.calls += 1
+
+    def bring(self, source: HostFile, start: int, offset: int, length: int) -> None:
+        self.count(min(length, max(0, source.size - start)), 0, 1)
+
+    def count(self, copied: int, unpacked: int, calls: int) -> None:
+        """Many at once: bytes of pieces that are copied, and of those that are unpacked."""
+        self.moved.copied += copied
+        self.moved.written += unpacked
+        self.moved.calls += calls
+
+    def reach(self, length: int) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass

@@ -6,7 +6,6 @@ flushed by whoever asked for it, and thrown away if anything fails.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,12 +14,12 @@ from qchain.errors import Refused
 from qchain.native.build import Builder, Progress
 from qchain.native.clusters import Clusters
 from qchain.native.merged import Group
-from qchain.native.mover import Moved, Target
+from qchain.native.mover import Dry, Moved, Target
 from qchain.native.newheader import Tables, new_header
 from qchain.native.tables import Tables as L2Tables
 from qchain.qcow2.header import Header
 
-__all__ = ["Names", "write_new_file"]
+__all__ = ["Names", "compression_of", "measured_new_file", "write_new_file"]
 
 Names = tuple[str | None, str | None]
 """Name and format of a backing file as a header has them."""
@@ -47,10 +46,31 @@ def write_new_file(
     Raises: `Refused` where the header has no room; `OSError`; `ImageError` when a source
         cannot be read.
     """
+    target = Target(fd, path)
+    where, _ = _filled(target, members, below, progress)
+    like = members[0].header
+    assert like is not None
+    try:
+        header = new_header(like, where, *backing)
+    except ValueError as error:
+        raise Refused(path, str(error), "use shorter names") from None
+    target.write(0, header)
+    return target.moved
+
+
+def measured_new_file(members: Sequence[Layer], below: Sequence[Layer]) -> tuple[Moved, int]:
+    """What `write_new_file` would do, all data being copied, and the bytes of the file."""
+    target = Dry()
+    return target.moved, _filled(target, members, below, None)[1]
+
+
+def _filled(
+    target: Target, members: Sequence[Layer], below: Sequence[Layer], progress: Progress | None
+) -> tuple[Tables, int]:
+    """Everything but the header; where its tables are, and the bytes of the file."""
     kept = members[0]
     assert isinstance(kept, Qcow2Layer) and kept.header is not None
     like = kept.header
-    target = Target(fd, path)
     group = Group(
         members, below, kept.size, -1, kept.cluster_size, kept.granularity, like.version >= 3
     )
@@ -63,12 +83,7 @@ def write_new_file(
     placed = clusters.finish()
     assert placed is not None
     where = Tables(kept.size, l1_offset, tables.size, placed.offset, placed.size)
-    try:
-        header = new_header(like, where, *backing)
-    except ValueError as error:
-        raise Refused(path, str(error), "use shorter names") from None
-    target.write(0, header)
-    return target.moved
+    return where, clusters.at << like.cluster_bits
 
 
 def compression_of(header: Header) -> str | None:

@@ -59,7 +59,7 @@ class Tables:
                 self._write(
                     index,
                     entries[at : at + whole * self.per_table].reshape(whole, -1),
-                    changed[at : at + whole * self.per_table].reshape(whole, -1).any(axis=1),
+                    np.any(changed[at : at + whole * self.per_table].reshape(whole, -1), axis=1),
                 )
                 at += whole * self.per_table
                 continue

@@ -13,6 +13,7 @@ from qchain.plan.clusters import ClusterCount
 from qchain.plan.copying import new_file_bytes
 from qchain.plan.growth import Growth, growth_of
 from qchain.plan.model import DEFAULT, TimeModel
+from qchain.plan.native import copy_cost, no_native_copy, seconds_of, traffic_of
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
 from qchain.plan.space import device_shortage, freed_by, highest, taken_by
@@ -187,8 +188,11 @@ def figures_of(
     *,
     exact: bool = False,
     behaviour: Behaviour = DEFAULT_BEHAVIOUR,
+    engines: Sequence[str] = ("qemu-img",),
 ) -> list[Candidate]:
     """What every target of the group would cost, the kept image first, possible or not.
+
+    First by qemu-img; then by the native engine, if it is among `engines`, the new file last.
 
     Raises: `ImageError` when the contents cannot be read (`exact`).
     """
@@ -208,11 +212,41 @@ def figures_of(
         exact=exact,
         behaviour=behaviour,
     )
-    return [
+    out = [
         _figures(
             layers, group, position, traffic, growth_of(members[position], count), model, exact
         )
         for position, (traffic, count) in enumerate(zip(counted, clusters, strict=True))
+    ]
+    return out + _native_figures(layers, group, out, model) if "native" in engines else out
+
+
+def _native_figures(
+    layers: Sequence[Layer], group: Group, others: Sequence[Candidate], model: TimeModel
+) -> list[Candidate]:
+    """By the native engine: the new file."""
+    cost = copy_cost(layers, group)
+    if cost is None:
+        return [Candidate("copy", "native", None)]
+    moved, size = cost
+    written = moved.copied + moved.written
+    return [
+        Candidate(
+            "copy",
+            "native",
+            None,
+            None,
+            moved.copied,
+            written,
+            moved.calls,
+            size,
+            size,
+            0,
+            seconds_of(cost, group, model),
+            traffic_of(cost, others[0].traffic),
+            None,
+            True,
+        )
     ]
 
 
@@ -225,14 +259,20 @@ def candidates_of(
         figures: what `figures_of` gave for the group.
     """
     out = []
-    for found in figures:
+    for found in (*figures, _copy(tree, group, figures[0], options)):
         target, growth = found.target, found.growth
-        assert target is not None and growth is not None
-        reason = obstacle(tree, group, target, options)
-        reason = reason or device_shortage(tree.layers[target], growth)
+        if found.engine not in options.engines:
+            reason: str | None = f"--engine {options.engines[0]} was asked for"
+        elif target is None:
+            reason = _no_copy(tree, group, options)
+            if found.engine == "native":
+                reason = reason or no_native_copy(tree.layers, group)
+        else:
+            reason = obstacle(tree, group, target, options)
+            if growth is not None:
+                reason = reason or device_shortage(tree.layers[target], growth)
         freed = 0 if options.keep_files else freed_by(tree.layers, group, target)
         out.append(replace(found, reason=reason, freed_bytes=freed))
-    out.append(_copy(tree, group, figures[0], options))
     return out
 
 
@@ -264,13 +304,13 @@ def _copy(
         "copy",
         "qemu-img",
         None,
-        _no_copy(tree, group, options),
+        None,
         copied + traffic.pull_read_bytes,
         written,
         traffic.extents,
         room,
         room,
-        0 if options.keep_files else freed_by(tree.layers, group, None),
+        0,
         round(seconds, 3),
         traffic,
     )

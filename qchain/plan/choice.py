@@ -49,7 +49,15 @@ def choices(
         bare: as `groups_of` gives them.
     """
     figures = [
-        figures_of(tree.layers, group, model, progress, exact=options.exact, behaviour=behaviour)
+        figures_of(
+            tree.layers,
+            group,
+            model,
+            progress,
+            exact=options.exact,
+            behaviour=behaviour,
+            engines=options.engines,
+        )
         for group in bare
     ]
 
@@ -108,10 +116,12 @@ def _jobs(
     return jobs
 
 
+_ASKED = ("--strategy ", "--engine ")
+
+
 def impossible(layers: Sequence[Layer], plan: GroupPlan, options: MergeOptions) -> str:
     """The refusal of a group for which no way is possible."""
-    asked = (f"--strategy {options.strategy} was asked for", "--strategy copy was not asked for")
-    others = [c for c in plan.candidates if c.reason not in asked]
+    others = [c for c in plan.candidates if not (c.reason or "").startswith(_ASKED)]
     told = [c for c in others if c.strategy == options.strategy] or others
     kept = layers[plan.group.kept].path
     if not told:

@@ -7,13 +7,15 @@ from pathlib import Path
 
 from qchain.errors import Refused, UsageError
 
-__all__ = ["MergeOptions"]
+__all__ = ["AUTO_ENGINE", "MergeOptions"]
 
 STRATEGIES = ("auto", "pull", "commit", "both", "copy")
 ENGINES = ("auto", "qemu-img", "native")
 NAMES = ("kept", "lowest", "target")
 PREFER = ("time", "writes", "space")
 VERIFY = ("moved", "full", "manifest", "none")
+AUTO_ENGINE = "qemu-img"
+"""What `--engine auto` takes."""
 BITMAPS = ("refuse", "carry", "drop")
 
 
@@ -35,6 +37,11 @@ class MergeOptions:
     allow_format_change: bool = False
     bitmaps: str = "refuse"
 
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Those that may do the work."""
+        return (AUTO_ENGINE if self.engine == "auto" else self.engine,)
+
     def __post_init__(self) -> None:
         for option, value, known in (
             ("--strategy", self.strategy, STRATEGIES),
@@ -48,9 +55,5 @@ class MergeOptions:
                 raise UsageError(
                     option, f"{value!r} is not possible", f"one of: {', '.join(known)}"
                 )
-        for what, wanted in (
-            ("--engine native", self.engine == "native"),
-            ("--verify manifest", self.verify == "manifest"),
-        ):
-            if wanted:
-                raise Refused(what, "not in this version yet", "leave it out")
+        if self.verify == "manifest":
+            raise Refused("--verify manifest", "not in this version yet", "leave it out")

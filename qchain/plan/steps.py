@@ -10,6 +10,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from qchain.errors import printable
 from qchain.plan.commands import image_opts
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Freeze",
     "HardLink",
     "MakeDirectory",
+    "NativeCopy",
     "RemoveDirectory",
     "Rename",
     "Step",
@@ -47,6 +49,20 @@ class Command:
     """Images that qemu-img opens for writing: their locks are handed over to it."""
     commits: bool = False
     """A commit also needs "consistent read" of what lies between its top and its base."""
+
+
+@dataclass(frozen=True, slots=True)
+class NativeCopy:
+    """The group's point in the new file `image`, written by the native engine.
+
+    `name`, `format`: of its backing file, as the header is to have them.
+    """
+
+    image: Path
+    name: str | None
+    format: str | None
+    weight: int = 0
+    label: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +181,7 @@ Step = (
     | Confirm
     | ConfirmBitmaps
     | MakeDirectory
+    | NativeCopy
     | RemoveDirectory
     | HardLink
     | SymbolicLink
@@ -206,12 +223,17 @@ def arguments(step: Step, program: str = "qemu-img") -> list[str] | None:
             return ["mv", "-T", "--", str(old), str(new)]
         case Unlink(path):
             return ["rm", "-f", "--", str(path)]
-        case Freeze() | Confirm() | Adopt() | ConfirmBitmaps():
+        case Freeze() | Confirm() | Adopt() | ConfirmBitmaps() | NativeCopy():
             return None
 
 
 def shell_line(step: Step, program: str = "qemu-img") -> str | None:
-    """The step as one line for a shell, quoted; None where nothing is to be typed."""
+    """The step as one line for a shell, quoted; None where nothing is to be typed.
+
+    What qchain writes itself is a comment.
+    """
+    if isinstance(step, NativeCopy):
+        return f"# qchain itself: {printable(step.label)}"
     words = arguments(step, program)
     if words is None:
         return None
@@ -232,6 +254,8 @@ def as_json(step: Step, program: str = "qemu-img") -> dict[str, object]:
             return {"compare": [str(old), str(new)], "below": None if below is None else str(below)}
         case Confirm(image, backing):
             return {"confirm": [str(image), None if backing is None else str(backing)]}
+        case NativeCopy(image, name):
+            return {"native": "copy", "image": str(image), "backing": name}
         case Adopt(image):
             return {"adopt": str(image)}
         case ConfirmBitmaps(image, names, gone):

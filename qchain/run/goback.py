@@ -11,7 +11,16 @@ from qchain.chain.scan import WORK_PREFIX
 from qchain.errors import FailedMidway, QchainError
 from qchain.hostfile import HostFile
 from qchain.plan.commands import rebase_unsafe_argv, unlocked_argv
-from qchain.plan.steps import Command, Freeze, HardLink, MakeDirectory, Rename, SymbolicLink, Unlink
+from qchain.plan.steps import (
+    Command,
+    Freeze,
+    HardLink,
+    MakeDirectory,
+    NativeCopy,
+    Rename,
+    SymbolicLink,
+    Unlink,
+)
 from qchain.qcow2.header import read_header
 from qchain.run.bitmaps import give_back
 from qchain.run.confirm import confirm
@@ -58,6 +67,8 @@ def resume_at(run: GroupRun, index: int, *, done: bool = False) -> None:
             run.made.append(created(step))
         case Command(argv) if argv[0] == "convert":
             run.made.append(run.t_path)
+        case NativeCopy(image):
+            run.made.append(image)
         case _:
             pass
 

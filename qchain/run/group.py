@@ -26,6 +26,7 @@ from qchain.plan.steps import (
     Freeze,
     HardLink,
     MakeDirectory,
+    NativeCopy,
     RemoveDirectory,
     Rename,
     Step,
@@ -42,6 +43,7 @@ from qchain.run.durable import fsync_directory, fsync_file, fsync_open
 from qchain.run.goback import created, led_away, restore_backing
 from qchain.run.journal import GroupRecord, Journal, LayerRecord
 from qchain.run.locking import ChainLocks
+from qchain.run.native import native_copy
 from qchain.run.oldview import OldView, rescued_beside
 from qchain.run.private import make_private, open_private
 from qchain.run.qemu_img import QemuImg
@@ -91,6 +93,9 @@ class GroupRun:
         match step:
             case Command():
                 self._command(step)
+            case NativeCopy(image):
+                self.made.append(image)
+                native_copy(self, step)
             case Adopt(image):
                 self._adopt(image)
             case Freeze(_, into):

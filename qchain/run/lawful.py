@@ -22,6 +22,7 @@ from qchain.plan.steps import (
     Freeze,
     HardLink,
     MakeDirectory,
+    NativeCopy,
     RemoveDirectory,
     Rename,
     Step,
@@ -80,7 +81,7 @@ class _Rule:
         match step:
             case Command():
                 return self._command(step)
-            case Adopt(image):
+            case Adopt(image) | NativeCopy(image):
                 return self.group.copy is not None and self._new(image)
             case Freeze(image, into):
                 return image in self.members and self._work(into)

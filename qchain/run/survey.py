@@ -24,7 +24,16 @@ from qchain.chain.scan import identity
 from qchain.errors import Refused
 from qchain.hostfile import FileId, HostFile
 from qchain.plan.refusals import stranger_refusals
-from qchain.plan.steps import Command, Compare, Confirm, Freeze, Rename, Step, Unlink
+from qchain.plan.steps import (
+    Command,
+    Compare,
+    Confirm,
+    Freeze,
+    NativeCopy,
+    Rename,
+    Step,
+    Unlink,
+)
 from qchain.qcow2.header import read_header
 from qchain.run.identity import state_of
 from qchain.run.journal import GroupRecord, Journal, LayerRecord
@@ -140,7 +149,7 @@ def is_pull(step: Step) -> bool:
 
 def moves_content(step: Step) -> bool:
     """Whether the step looks into the images, and does not only change names and headers."""
-    return isinstance(step, (Freeze, Compare)) or is_commit(step) or is_pull(step)
+    return isinstance(step, (Freeze, Compare, NativeCopy)) or is_commit(step) or is_pull(step)
 
 
 def examine(journal: Journal, record: GroupRecord, first: int, files: Files) -> bool:
