@@ -43,6 +43,8 @@ class Builder:
     """Builds the map of `group` out of `clusters`.
 
     Attributes:
+        shorter: the target's disk reaches beyond that of the result: its last L2 table is
+            written anew, so that nothing is left in it of what lies there.
         compression: of the result; None where its refcounts are too narrow to take over
             compressed clusters, several of which share a host cluster.
     """
@@ -52,6 +54,7 @@ class Builder:
     tables: Tables
     compression: str | None
     progress: Progress | None = None
+    shorter: bool = False
 
     def __post_init__(self) -> None:
         self.extended = self.group.unit != self.group.cluster
@@ -103,6 +106,8 @@ class Builder:
         marks = np.zeros(count, bool)
         marks[rows] = True
         marks[packed] = True
+        if self.shorter and self._end(window) >= self.group.size:
+            marks[-1] = True
         self.tables.put(first, entries, marks)
 
     def _present(self, first: int, count: int) -> U64:

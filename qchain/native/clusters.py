@@ -24,7 +24,7 @@ from qchain.qcow2.header import Header
 from qchain.qcow2.header_limits import MAX_REFCOUNT_TABLE_BYTES
 from qchain.qcow2.refcounts import decode_refcounts, read_refcount_table
 
-__all__ = ["Clusters", "Placed", "first_free"]
+__all__ = ["Clusters", "Placed", "first_free", "last_counted"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -164,8 +164,15 @@ def first_free(file: HostFile, header: Header) -> int:
 
     Raises: `ImageError` when the refcounts cannot be read.
     """
+    return last_counted(file, header, -(-file.size // header.cluster_size))
+
+
+def last_counted(file: HostFile, header: Header, end: int = 0) -> int:
+    """The cluster behind the last one that is counted, at least `end` (an index).
+
+    Raises: `ImageError` when the refcounts cannot be read.
+    """
     table = read_refcount_table(file, header)
-    end = -(-file.size // header.cluster_size)
     per_block = header.cluster_size * 8 >> header.refcount_order
     for index in range(len(table) - 1, -1, -1):
         if (index + 1) * per_block <= end:

@@ -79,6 +79,7 @@ def _filled(
     count = -(-kept.size // kept.cluster_size)
     tables = L2Tables(clusters, count, like.l2_entry_size // 8)
     Builder(group, clusters, tables, compression_of(like), progress).run()
+    tables.close()
     l1_offset = tables.finish()
     placed = clusters.finish()
     assert placed is not None

@@ -34,10 +34,6 @@ class Tables:
         if old is not None:
             shared = min(len(old), self.size)
             self.l1[:shared] = old[:shared]
-        self.changed = old is None or len(old) != self.size
-        """Whether the L1 table must be written anew."""
-        self.added = 0
-        self.replaced = 0
         self._index = -1
         self._entries: U64 = np.zeros((self.per_table, words), np.uint64)
         self._dirty = False
@@ -83,15 +79,12 @@ class Tables:
         numbers = np.flatnonzero(changed)
         if not len(numbers):
             return
-        self.changed = True
-        self.replaced += int(np.count_nonzero(self.l1[index + numbers]))
         # A table without an entry need not be.
         used = tables[numbers].any(axis=1)
         self.l1[index + numbers[~used]] = 0
         numbers = numbers[used]
         if not len(numbers):
             return
-        self.added += len(numbers)
         start = self.clusters.take(len(numbers))
         places = (start + np.arange(len(numbers), dtype=np.uint64)) << np.uint64(
             self.clusters.cluster_bits
@@ -99,9 +92,12 @@ class Tables:
         self.l1[index + numbers] = places
         self.clusters.target.write(int(places[0]), tables[numbers].astype(">u8").tobytes())
 
-    def finish(self) -> int:
-        """Write the L1 table; where it is, in bytes."""
+    def close(self) -> None:
+        """All entries have been given."""
         self._flush()
+
+    def finish(self) -> int:
+        """Write the L1 table, after `close`; where it is, in bytes."""
         raw = np.where(self.l1 == 0, self.l1, self.l1 | np.uint64(COPIED)).astype(">u8").tobytes()
         start = self.clusters.take(-(-len(raw) // self.clusters.cluster))
         self.clusters.target.write(start << self.clusters.cluster_bits, raw)

@@ -13,7 +13,7 @@ from qchain.plan.clusters import ClusterCount
 from qchain.plan.copying import new_file_bytes
 from qchain.plan.growth import Growth, growth_of
 from qchain.plan.model import DEFAULT, TimeModel
-from qchain.plan.native import copy_cost, no_native_copy, seconds_of, traffic_of
+from qchain.plan.native import costs_of, no_native
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
 from qchain.plan.space import device_shortage, freed_by, highest, taken_by
@@ -224,30 +224,33 @@ def figures_of(
 def _native_figures(
     layers: Sequence[Layer], group: Group, others: Sequence[Candidate], model: TimeModel
 ) -> list[Candidate]:
-    """By the native engine: the new file."""
-    cost = copy_cost(layers, group)
-    if cost is None:
-        return [Candidate("copy", "native", None)]
-    moved, size = cost
-    written = moved.copied + moved.written
-    return [
-        Candidate(
-            "copy",
-            "native",
-            None,
-            None,
-            moved.copied,
-            written,
-            moved.calls,
-            size,
-            size,
-            0,
-            seconds_of(cost, group, model),
-            traffic_of(cost, others[0].traffic),
-            None,
-            True,
+    """By the native engine, the new file last."""
+    out = []
+    for cost in costs_of(layers, group, [each.traffic for each in others]):
+        position = 0 if cost.target is None else group.members.index(cost.target)
+        strategy = "copy" if cost.target is None else strategy_of(position, group.count)
+        growth = None
+        if cost.target is not None and cost.reason is None:
+            growth = cost.growth(layers[cost.target])
+        out.append(
+            Candidate(
+                strategy,
+                "native",
+                cost.target,
+                cost.reason,
+                cost.moved.copied,
+                cost.moved.copied + cost.moved.written,
+                cost.moved.calls,
+                cost.grows,
+                cost.grows,
+                0,
+                cost.seconds(len(group.line), model),
+                cost.traffic(others[position].traffic),
+                growth,
+                True,
+            )
         )
-    ]
+    return out
 
 
 def candidates_of(
@@ -265,12 +268,12 @@ def candidates_of(
             reason: str | None = f"--engine {options.engines[0]} was asked for"
         elif target is None:
             reason = _no_copy(tree, group, options)
-            if found.engine == "native":
-                reason = reason or no_native_copy(tree.layers, group)
         else:
             reason = obstacle(tree, group, target, options)
             if growth is not None:
                 reason = reason or device_shortage(tree.layers[target], growth)
+        if found.engine == "native":
+            reason = reason or found.reason or no_native(tree.layers, group, target, options)
         freed = 0 if options.keep_files else freed_by(tree.layers, group, target)
         out.append(replace(found, reason=reason, freed_bytes=freed))
     return out

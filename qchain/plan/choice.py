@@ -16,7 +16,7 @@ from qchain.plan.model import TimeModel
 from qchain.plan.options import MergeOptions
 from qchain.plan.order import Job, least_peak_order
 from qchain.plan.selection import Group
-from qchain.plan.space import Change, changes_of, copy_changes, peaks
+from qchain.plan.space import Change, append_changes, changes_of, copy_changes, peaks
 from qchain.plan.steps import Step
 from qchain.plan.versions import Behaviour
 
@@ -88,6 +88,8 @@ def space_of(layers: Sequence[Layer], plan: GroupPlan, options: MergeOptions) ->
     if chosen.target is None:
         return copy_changes(layers, group, chosen.target_growth_bytes, options.keep_files)
     assert chosen.growth is not None
+    if chosen.engine == "native":
+        return append_changes(layers, group, chosen.target, chosen.growth, options.keep_files)
     return changes_of(layers, group, chosen.target, chosen.growth, options.keep_files)
 
 

@@ -33,6 +33,9 @@ from qchain.plan.steps import (
     Freeze,
     HardLink,
     MakeDirectory,
+    NativeFree,
+    NativeSwitch,
+    NativeWrite,
     RemoveDirectory,
     Rename,
     Step,
@@ -82,6 +85,8 @@ class _Builder:
         self.pulls = self.t_index != self.group.members[-1] or bool(self.group.onto)
         # The kept image's bitmaps are to outlive a commit that is killed.
         self.covered = self.t is not self.j and has_bitmaps(self.j)
+        self.native = self.candidate.engine == "native"
+        self.pending = self.work / "pending"
 
     def add(self, *steps: Step) -> None:
         self.steps.extend(steps)
@@ -210,16 +215,32 @@ class _Builder:
         )
         self.add(Sync(self.t_path))
 
+    def write(self) -> None:
+        """All of it by the native engine: the target reads as before until the switch."""
+        verb = "pull" if self.t is self.j else "merge"
+        label = f"{verb} into {self.t_path.name}"
+        name, fmt = self.way(self.final()), self.backing_format()
+        weight = self.candidate.write_bytes
+        self.add(NativeWrite(self.t_path, self.pending, name, fmt, weight, label))
+        self.add(Sync(self.t_path))
+
+    def switch_header(self) -> None:
+        """One sector: the old tables or the new ones, both read right."""
+        self.add(NativeSwitch(self.t_path, self.pending), Sync(self.t_path))
+        self.add(Confirm(self.t_path, self.new_backing(), self.backing_format()))
+        self.add(NativeFree(self.t_path, self.pending), Sync(self.t_path))
+
     def verify(self) -> None:
         if self.options.verify == "none":
             return
-        new = self.work / "image" if self.pulls else self.t_path
+        new = self.work / "image" if self.pulls and not self.native else self.t_path
         below = self.new_backing()
         moved = self.candidate.traffic.commit_bytes + self.candidate.traffic.pull_bytes
         if self.options.verify == "full":
             moved = self.j.size
         formats = (self.j.format, self.t.format)
-        self.add(Compare(self.j_path, new, below, *formats, moved, self.backing_format()))
+        pending = self.pending if self.native else None
+        self.add(Compare(self.j_path, new, below, *formats, moved, self.backing_format(), pending))
 
     def way(self, final: Path) -> str | None:
         """The backing name during the switch: absolute where the directory changes."""
@@ -227,23 +248,28 @@ class _Builder:
             return self.backing_name(self.t_path.parent)
         return str(absolute_name(self.layers[self.group.below].path))
 
+    def final(self) -> Path:
+        """The name of the result."""
+        if self.options.names == "kept":
+            return self.j_path
+        if self.options.names == "lowest":
+            return absolute_name(self.lowest_owned.path)
+        return self.t_path
+
     def switch(self) -> Path:
         """Give the result its name; returns it."""
         directory = self.t_path.parent
-        if self.options.names == "kept":
-            final = self.j_path
-        elif self.options.names == "lowest":
-            final = absolute_name(self.lowest_owned.path)
-        else:
-            final = self.t_path
+        final = self.final()
         name_here, way = self.backing_name(directory), self.way(final)
         if self.options.keep_files and final != self.t_path:
             # Before any header changes: that it cannot be made must stop nothing halfway.
             self.add(HardLink(final, saved_name(final)))
-        if self.pulls or way != name_here:
+        if self.native:
+            self.switch_header()
+        elif self.pulls or way != name_here:
             # Every cluster is durable: the header alone changes, j reads the same.
             self.point_to(self.t_path, way)
-        if self.pulls:
+        if self.pulls and not self.native:
             self.add(Unlink(self.work / "image"), Unlink(self.work / self.alias))
             self.add(Unlink(directory / self.alias))
         kept = self.group.kept if self.t is self.j else None
@@ -309,22 +335,27 @@ def sequence(
     builder = _Builder(layers, group, candidate, options, token, above, fate)
     builder.add(MakeDirectory(builder.work))
     builder.add(*bitmapsteps.save(layers, fate, builder.work, builder.j.size))
-    if builder.t is not builder.j:
-        builder.add(*bitmapsteps.prune(builder.t_path, fate.removed))
-    if builder.t.format == "qcow2":
-        builder.add(Freeze(builder.t_path, builder.work / "before"))
-    if builder.t is not builder.j:
-        builder.commit()
-    if builder.pulls:
-        builder.pull()
+    if builder.native:
+        builder.write()
+    else:
+        if builder.t is not builder.j:
+            builder.add(*bitmapsteps.prune(builder.t_path, fate.removed))
+        if builder.t.format == "qcow2":
+            builder.add(Freeze(builder.t_path, builder.work / "before"))
+        if builder.t is not builder.j:
+            builder.commit()
+        if builder.pulls:
+            builder.pull()
     builder.verify()
     final = builder.switch()
     builder.delete(final)
-    if builder.t.format == "qcow2":
+    if builder.native:
+        builder.add(Unlink(builder.pending))
+    elif builder.t.format == "qcow2":
         builder.add(Unlink(builder.work / "before"), Unlink(builder.work / "rescued"))
     if fate.carried:
         builder.add(Unlink(builder.work / bitmapsteps.BITMAPS))
-    if builder.covered:
+    if builder.covered and not builder.native:
         builder.add(Unlink(builder.work / bitmapsteps.COVER))
     builder.add(RemoveDirectory(builder.work), Sync(builder.t_path.parent))
     return builder.steps, final

@@ -23,6 +23,9 @@ __all__ = [
     "HardLink",
     "MakeDirectory",
     "NativeCopy",
+    "NativeFree",
+    "NativeSwitch",
+    "NativeWrite",
     "RemoveDirectory",
     "Rename",
     "Step",
@@ -31,6 +34,7 @@ __all__ = [
     "TakeAttributes",
     "Unlink",
     "shell_line",
+    "written_by",
 ]
 
 
@@ -66,6 +70,37 @@ class NativeCopy:
 
 
 @dataclass(frozen=True, slots=True)
+class NativeWrite:
+    """The merged map appended to `image`, and what will be its header kept in `into`.
+
+    `name`, `format`: of its new backing file. Until the switch the image reads as before.
+    """
+
+    image: Path
+    into: Path
+    name: str | None
+    format: str | None
+    weight: int = 0
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NativeSwitch:
+    """One write: the header of `image` becomes the one in `source`."""
+
+    image: Path
+    source: Path
+
+
+@dataclass(frozen=True, slots=True)
+class NativeFree:
+    """The clusters of `image` that only its old header led to become free."""
+
+    image: Path
+    source: Path
+
+
+@dataclass(frozen=True, slots=True)
 class Freeze:
     """Keep a copy of the map of `image` in `into`, so that its old view can be read later."""
 
@@ -78,7 +113,8 @@ class Compare:
     """The kept point `old`, as it read before, against the new view of `new`.
 
     `below`: the chain that `new` is to be read over, whatever its header names, and
-    the format of its uppermost image.
+    the format of its uppermost image. `pending`: where the header is kept that `new` is to
+    be read by, if that is not the one it has.
     """
 
     old: Path
@@ -88,6 +124,7 @@ class Compare:
     new_format: str = "qcow2"
     weight: int = 0
     below_format: str | None = None
+    pending: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +219,9 @@ Step = (
     | ConfirmBitmaps
     | MakeDirectory
     | NativeCopy
+    | NativeFree
+    | NativeSwitch
+    | NativeWrite
     | RemoveDirectory
     | HardLink
     | SymbolicLink
@@ -192,11 +232,24 @@ Step = (
 )
 
 
+def written_by(step: Step) -> tuple[Path, ...]:
+    """The images that a step writes into."""
+    match step:
+        case Command():
+            return step.writes
+        case NativeWrite(image) | NativeSwitch(image) | NativeFree(image):
+            return (image,)
+        case _:
+            return ()
+
+
 def arguments(step: Step, program: str = "qemu-img") -> list[str] | None:
     """The command that does the same by hand; None where there is none."""
     match step:
         case Command(argv):
             return [program, *argv]
+        case Compare(pending=Path()):
+            return None
         case Compare(old, new, below, old_format, new_format, _, below_format):
             options: dict[str, str | Path] = {"driver": new_format, "file.filename": new}
             if below is not None and below_format is not None:
@@ -223,7 +276,9 @@ def arguments(step: Step, program: str = "qemu-img") -> list[str] | None:
             return ["mv", "-T", "--", str(old), str(new)]
         case Unlink(path):
             return ["rm", "-f", "--", str(path)]
-        case Freeze() | Confirm() | Adopt() | ConfirmBitmaps() | NativeCopy():
+        case Freeze() | Confirm() | Adopt() | ConfirmBitmaps():
+            return None
+        case NativeCopy() | NativeWrite() | NativeSwitch() | NativeFree():
             return None
 
 
@@ -232,8 +287,19 @@ def shell_line(step: Step, program: str = "qemu-img") -> str | None:
 
     What qchain writes itself is a comment.
     """
-    if isinstance(step, NativeCopy):
-        return f"# qchain itself: {printable(step.label)}"
+    match step:
+        case NativeCopy() | NativeWrite():
+            return f"# qchain itself: {printable(step.label)}"
+        case Compare(old, new, pending=Path()):
+            return (
+                f"# qchain itself: compare {printable(new)}, as it will be, with {printable(old)}"
+            )
+        case NativeSwitch(image):
+            return f"# qchain itself: switch {printable(image)}, one write of its first 512 bytes"
+        case NativeFree(image):
+            return f"# qchain itself: free what only the old header of {printable(image)} led to"
+        case _:
+            pass
     words = arguments(step, program)
     if words is None:
         return None
@@ -256,6 +322,12 @@ def as_json(step: Step, program: str = "qemu-img") -> dict[str, object]:
             return {"confirm": [str(image), None if backing is None else str(backing)]}
         case NativeCopy(image, name):
             return {"native": "copy", "image": str(image), "backing": name}
+        case NativeWrite(image, _, name):
+            return {"native": "write", "image": str(image), "backing": name}
+        case NativeSwitch(image):
+            return {"native": "switch", "image": str(image)}
+        case NativeFree(image):
+            return {"native": "free", "image": str(image)}
         case Adopt(image):
             return {"adopt": str(image)}
         case ConfirmBitmaps(image, names, gone):

@@ -17,7 +17,10 @@ from qchain.plan.steps import (
     HardLink,
     MakeDirectory,
     NativeCopy,
+    NativeSwitch,
+    NativeWrite,
     Rename,
+    Step,
     SymbolicLink,
     Unlink,
 )
@@ -25,6 +28,7 @@ from qchain.qcow2.header import read_header
 from qchain.run.bitmaps import give_back
 from qchain.run.confirm import confirm
 from qchain.run.identity import state_of
+from qchain.run.native import give_up_written
 from qchain.run.oldview import rescued_beside
 
 if TYPE_CHECKING:
@@ -69,6 +73,8 @@ def resume_at(run: GroupRun, index: int, *, done: bool = False) -> None:
             run.made.append(run.t_path)
         case NativeCopy(image):
             run.made.append(image)
+        case NativeWrite(_, into):
+            run.made.append(into)
         case _:
             pass
 
@@ -110,6 +116,7 @@ def put_back(run: GroupRun) -> bool:
     try:
         if led_away(run):
             restore_backing(run)
+        give_up_written(run)
         give_back(run, run.journal is not None and bool(altered(run, run.journal.step)))
     except (QchainError, OSError):
         return False  # the aliases must stay: the header may still name them
@@ -143,9 +150,7 @@ def altered(run: GroupRun, index: int) -> list[Path]:
     A commit writes to the target: what shows through it, and is no kept point, changes.
     """
     steps = run.record.steps
-    commit = next(
-        (n for n, step in enumerate(steps) if isinstance(step, Command) and step.commits), None
-    )
+    commit = next((n for n, step in enumerate(steps) if _overwrites(run, step)), None)
     before = run.journal is not None and run.journal.altered
     if commit is None or (index < commit and not before):
         return []
@@ -156,6 +161,13 @@ def altered(run: GroupRun, index: int) -> list[Path]:
             if file.id == known.id and state_of(file) == known.state:
                 return []
     return [record.path for record in run.record.layers[1 : run.record.target + 1]]
+
+
+def _overwrites(run: GroupRun, step: Step) -> bool:
+    """Whether from this step on the target, not being the kept image, reads otherwise."""
+    if isinstance(step, NativeSwitch):
+        return run.record.target > 0
+    return isinstance(step, Command) and step.commits
 
 
 def created(step: Command) -> Path:

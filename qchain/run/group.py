@@ -27,6 +27,9 @@ from qchain.plan.steps import (
     HardLink,
     MakeDirectory,
     NativeCopy,
+    NativeFree,
+    NativeSwitch,
+    NativeWrite,
     RemoveDirectory,
     Rename,
     Step,
@@ -43,7 +46,7 @@ from qchain.run.durable import fsync_directory, fsync_file, fsync_open
 from qchain.run.goback import created, led_away, restore_backing
 from qchain.run.journal import GroupRecord, Journal, LayerRecord
 from qchain.run.locking import ChainLocks
-from qchain.run.native import native_copy
+from qchain.run.native import native_copy, native_free, native_switch, native_write
 from qchain.run.oldview import OldView, rescued_beside
 from qchain.run.private import make_private, open_private
 from qchain.run.qemu_img import QemuImg
@@ -96,6 +99,13 @@ class GroupRun:
             case NativeCopy(image):
                 self.made.append(image)
                 native_copy(self, step)
+            case NativeWrite(_, into):
+                self.made.append(into)
+                native_write(self, step)
+            case NativeSwitch():
+                native_switch(self, step)
+            case NativeFree():
+                native_free(self, step)
             case Adopt(image):
                 self._adopt(image)
             case Freeze(_, into):

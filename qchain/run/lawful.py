@@ -23,6 +23,9 @@ from qchain.plan.steps import (
     HardLink,
     MakeDirectory,
     NativeCopy,
+    NativeFree,
+    NativeSwitch,
+    NativeWrite,
     RemoveDirectory,
     Rename,
     Step,
@@ -83,11 +86,14 @@ class _Rule:
                 return self._command(step)
             case Adopt(image) | NativeCopy(image):
                 return self.group.copy is not None and self._new(image)
-            case Freeze(image, into):
+            case Freeze(image, into) | NativeWrite(image, into):
                 return image in self.members and self._work(into)
-            case Compare(old, new, below):
+            case NativeSwitch(image, source) | NativeFree(image, source):
+                return image == self.group.goal.path and self._work(source)
+            case Compare(old, new, below, pending=pending):
                 return (
-                    old in self.members
+                    (pending is None or self._work(pending))
+                    and old in self.members
                     and (new in self.members or self._work(new))
                     and (below is None or below in self.chain)
                 )

@@ -12,10 +12,12 @@ from pathlib import Path
 from qchain.chain.layer import Layer, Qcow2Layer, RawLayer
 from qchain.errors import FailedMidway
 from qchain.hostfile import HostFile
+from qchain.native.inplace import header_of
 from qchain.plan.steps import Compare
 from qchain.plan.traffic import commit_granularity
 from qchain.qcow2.header import read_header
 from qchain.run.journal import GroupRecord
+from qchain.run.pending import read_pending
 from qchain.verify.compare import Comparison, compare
 from qchain.verify.frozen import freeze, frozen_view, open_rescued, rescue
 
@@ -73,7 +75,7 @@ class OldView:
 
         Raises: `FailedMidway` when they differ.
         """
-        new = self._result(step.new)
+        new = self._result(step.new, step.pending)
         if new.size != self.line[0].size:
             raise FailedMidway(
                 step.new, f"has {new.size} bytes after the merge, not {self.line[0].size}"
@@ -97,14 +99,17 @@ class OldView:
         self._opened.append(file)
         return file
 
-    def _result(self, path: Path) -> Layer:
+    def _result(self, path: Path, pending: Path | None) -> Layer:
         file = self._open(path)
         if file.id != self.record.goal.id:
             raise FailedMidway(path, "is not the file that was merged into")
         if self.record.goal.format == "raw":
             return RawLayer(path, file)
-        header = read_header(file)
-        header.require_readable(path)
+        if pending is None:
+            header = read_header(file)
+            header.require_readable(path)
+        else:
+            header = header_of(path, read_pending(pending).sector)
         return Qcow2Layer(path, file, header)
 
     def _fresh(self, layer: Layer) -> Layer:

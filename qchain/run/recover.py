@@ -27,9 +27,14 @@ from qchain.plan.steps import (
     Compare,
     Confirm,
     ConfirmBitmaps,
+    NativeFree,
+    NativeSwitch,
+    NativeWrite,
     Rename,
+    Step,
     SymbolicLink,
     Sync,
+    written_by,
 )
 from qchain.run.bitmaps import bitmap_command, follow_kept, place_again
 from qchain.run.durable import discard_unwritten
@@ -40,6 +45,7 @@ from qchain.run.group import GroupRun, Observer
 from qchain.run.journal import GroupRecord, Journal
 from qchain.run.journal_file import find_journals, read_journal, unwritten
 from qchain.run.locking import ChainLocks, sole
+from qchain.run.native import switched_already
 from qchain.run.qemu_img import QemuImg
 from qchain.run.survey import (
     Files,
@@ -186,6 +192,8 @@ def _still(layers: dict[FileId, Layer]) -> None:
 def _where_to_begin(record: GroupRecord, step: int) -> int:
     """The step to repeat.
 
+    Where the native engine has not switched yet: all that it does, for a guest may have run.
+
     For a flush or a look at a header: the command before it. What it wrote may be lost. A copy
     that has no name yet is made again. For a bitmap command the first of its run: killed, it
     leaves all bitmaps of its image in use.
@@ -193,15 +201,24 @@ def _where_to_begin(record: GroupRecord, step: int) -> int:
     steps, begin = record.steps, step
     if record.copy is not None and not _has_its_name(record, step):
         return 0
+    written = next((n for n, each in enumerate(steps) if isinstance(each, NativeWrite)), step)
+    if written < step and not _past_switch(record, step):
+        return written
     while begin > 0 and isinstance(steps[begin], (Sync, Confirm, ConfirmBitmaps, SymbolicLink)):
         begin -= 1
     while begin > 0 and bitmap_command(steps[begin]) and isinstance(steps[begin - 1], Command):
         begin -= 1
-    if not isinstance(steps[begin], Command):
+    if not isinstance(steps[begin], (Command, NativeFree)):
         return step
     while begin > 0 and _creates(record, begin) and _creates(record, begin - 1):
         begin -= 1
     return begin
+
+
+def _past_switch(record: GroupRecord, step: int) -> bool:
+    """Whether the native engine's header write has been done."""
+    switch = next(n for n, each in enumerate(record.steps) if isinstance(each, NativeSwitch))
+    return step > switch or (step == switch and switched_already(record))
 
 
 def _has_its_name(record: GroupRecord, step: int) -> bool:
@@ -227,7 +244,8 @@ def _forward(
     record = journal.groups[journal.group]
     changed = examine(journal, record, first, files)
     refuse_overlays(journal, first, "or try 'qchain recover --back'")
-    content = any(moves_content(step) for step in record.steps[first:])
+    native = any(isinstance(step, NativeWrite) for step in record.steps)
+    content = any(moves_content(step) for step in record.steps[first:]) or (changed and native)
     views = [layers[known.id] for known in record.layers] if content else []
     run = GroupRun(record, views, journal.verify, way.qemu, way.observer, locks)
     run.journal = journal
@@ -253,12 +271,15 @@ def _carry(run: GroupRun, journal: Journal, first: int, layers: dict[FileId, Lay
     record = run.record
     ahead = record.steps[first:]
     # Where the comparison of the merge itself is to come, it will judge.
-    judged = any(is_pull(step) or isinstance(step, Compare) for step in ahead)
+    judged = any(is_pull(step) or isinstance(step, (Compare, NativeWrite)) for step in ahead)
     if journal.carrying or judged or not _all_there(record, layers):
         journal.carrying = True
-        commit = next(n for n, step in enumerate(record.steps) if is_commit(step))
-        for step in record.steps[commit:first]:
-            if isinstance(step, Command) and (is_commit(step) or step.argv[0] == "resize"):
+        begin = next(n for n, step in enumerate(record.steps) if _moves_in(step))
+        native = isinstance(record.steps[begin], NativeWrite)
+        for step in record.steps[begin:first]:
+            if native and isinstance(step, _NATIVE):
+                journal.write(journal.group, first, written_by(step))
+            elif isinstance(step, Command) and (is_commit(step) or step.argv[0] == "resize"):
                 journal.write(journal.group, first, step.writes)
             elif not isinstance(step, Sync):
                 break
@@ -275,6 +296,14 @@ def _carry(run: GroupRun, journal: Journal, first: int, layers: dict[FileId, Lay
     journal.settle()
     journal.carrying = False
     journal.write(journal.group, first)
+
+
+_NATIVE = (NativeWrite, Compare, NativeSwitch, Confirm, NativeFree)
+
+
+def _moves_in(step: Step) -> bool:
+    """Whether it brings what the kept image holds into the target."""
+    return is_commit(step) or isinstance(step, NativeWrite)
 
 
 def _all_there(record: GroupRecord, layers: dict[FileId, Layer]) -> bool:
