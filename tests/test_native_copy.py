@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -22,11 +23,12 @@ from qchain.plan.steps import NativeCopy
 from qchain.run.execute import execute
 from qchain.run.recover import journals_at, recover
 
+EXAMPLES = int(os.environ.get("QCHAIN_NATIVE", "30"))
 COPY = MergeOptions(strategy="copy", engine="native")
 
 
 @settings(
-    max_examples=100,
+    max_examples=EXAMPLES,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
