@@ -224,8 +224,22 @@ def deleted_names(plan: Plan, group: GroupPlan) -> list[str]:
     """The file names of the images that go away with `group`."""
     if plan.options.keep_files or group.result is None:
         return []
-    members = [plan.layers[index].path.absolute() for index in group.group.owned]
-    return [path.name for path in members if path != group.result]
+    members = [plan.layers[index] for index in group.group.owned]
+    return [
+        layer.path.name
+        for layer in members
+        if layer.path.absolute() != group.result and not layer.file.is_block_device
+    ]
+
+
+def _devices_left(plan: Plan, group: GroupPlan) -> list[str]:
+    """The block devices that are not needed any more: whoever made them takes them away."""
+    members = [plan.layers[index] for index in group.group.owned]
+    return [
+        str(layer.path)
+        for layer in members
+        if layer.file.is_block_device and layer.path.absolute() != group.result
+    ]
 
 
 def _bitmap_lines(group: GroupPlan) -> list[tuple[str, str]]:
@@ -260,6 +274,12 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
     if plan.options.keep_files and group.result is not None:
         # Its content is in the result; by itself it may miss a backing file.
         lines.append(("keeps", "the files; a replaced one as NAME.qchain-old, not readable alone"))
+    for layer in (plan.layers[index] for index in group.group.owned):
+        link = plan.links.get(layer.path)
+        if link is not None and layer.path.name in gone:
+            lines.append(("leaves", f"{link}, a link that leads nowhere then"))
+    for device in _devices_left(plan, group):
+        lines.append(("frees", f"{device}, a block device: nothing needs it then, remove it"))
     shared = [names[index] for index in group.group.shared]
     if shared:
         said = ", ".join(shared if len(shared) <= _SHOWN else [f"{len(shared)} files"])

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from cli_runner import run
 from merging import format_of
+from stopping import killed
 from test_merge_rows import LINES, recorded
 
 from fixtures.build import build_layer
@@ -26,7 +28,9 @@ from qchain.errors import FailedMidway, NotAllowed
 from qchain.plan.options import MergeOptions
 from qchain.plan.plan import Plan, make_plan
 from qchain.plan.selection import Request
+from qchain.plan.steps import Unlink
 from qchain.run.execute import execute
+from qchain.run.recover import journals_at, recover
 
 POLICIES = ["kept", "lowest", "target"]
 WAYS = ["pull", "commit", "both"]
@@ -145,6 +149,56 @@ def test_a_link_to_the_directory(tmp_path: Path, strategy: str, names: str) -> N
     reads(real / files[0], points[0])
     assert everything(real) == {real / files[0], real / result.name}
     assert recorded(result) == (files[0], "qcow2")
+
+
+@pytest.mark.parametrize("names", POLICIES)
+@pytest.mark.parametrize("strategy", WAYS)
+def test_images_under_links(tmp_path: Path, strategy: str, names: str) -> None:
+    """A link stays one, and leads to the result; the file changes where it lies."""
+    real, known = tmp_path / "real", tmp_path / "known"
+    real.mkdir()
+    known.mkdir()
+    files = ["base.qcow2", "a.qcow2", "b.qcow2", "top.qcow2"]
+    for name in files:
+        (known / name).symlink_to(Path("..", "real", name))
+    lay([real / name for name in files], [None, *(str(known / name) for name in files[:3])])
+    points = points_of(4)
+    options = MergeOptions(strategy=strategy, names=names)
+    drop = [known / "a.qcow2", known / "b.qcow2"]
+    with open_chain(known / "top.qcow2", Gate(follow=True)) as chain:
+        plan = make_plan(chain, Request(drop=tuple(map(str, drop))), options)
+        assert not plan.refusals
+        document = plan.as_json()
+        assert document["active"] == [str(known / "top.qcow2")]
+        assert killed(plan, chain, lambda _number, step: isinstance(step, Unlink))
+    top = known / "top.qcow2"
+    assert not top.exists() or "not finished" in run("chain", "--follow", top).err
+    (journal,) = journals_at(known / "top.qcow2")
+    assert journal.parent == real
+    recover([journal])
+    result = plan.groups[0].result
+    assert result is not None and result.parent == real
+    reads(known / result.name, points[3])
+    reads(known / "base.qcow2", points[0])
+    assert everything(real) == {real / "base.qcow2", result}
+    assert {path.name for path in known.iterdir()} == set(files)
+    assert all(path.is_symlink() for path in known.iterdir())
+    assert recorded(result) == (str(known / "base.qcow2"), "qcow2")
+
+
+def test_a_link_from_which_names_mean_others(tmp_path: Path) -> None:
+    """Relative ones, where the links lie in another directory than the files."""
+    (tmp_path / "top.real").mkdir()
+    files = [tmp_path / "base.qcow2", tmp_path / "a.qcow2", tmp_path / "top.qcow2"]
+    lay(files, [None, "base.qcow2", "a.qcow2"])
+    files[2].rename(tmp_path / "top.real" / "x")
+    files[2].symlink_to(tmp_path / "top.real" / "x")
+    reads(files[2], points_of(3)[2])
+    for strategy in ("pull", "commit"):
+        with open_chain(files[2], Gate(follow=True)) as chain:
+            options = MergeOptions(strategy=strategy)
+            plan = make_plan(chain, Request(drop=("a.qcow2",)), options)
+        assert any("its backing name means something else" in line for line in plan.refusals)
 
 
 @pytest.mark.parametrize("names", POLICIES)

@@ -365,7 +365,10 @@ def test_a_merge_is_running(tmp_path: Path) -> None:
             new = the_journal(disk.directory)
             new = new.with_name(f"{new.name}.new")
             new.write_bytes(b"half")
-            with pytest.raises(Refused, match="another qchain is working on this chain"):
+            with pytest.raises(
+                Refused,
+                match=rf"another qchain is working on this chain: \S+ \(pid {os.getpid()}\)",
+            ):
                 recover(journals_at(disk.directory))
             assert new.read_bytes() == b"half"
             new.unlink()

@@ -22,6 +22,7 @@ __all__ = [
     "identity",
     "journal_names",
     "overlays_in",
+    "places_of",
     "unfinished",
     "unfinished_of",
 ]
@@ -140,11 +141,16 @@ def unfinished_of(images: Iterable[Path]) -> list[Path]:
     paths = [path.absolute() for path in images]
     names = {os.path.realpath(path) for path in paths}
     found = []
-    for journal in unfinished({path.parent for path in paths}):
+    for journal in unfinished({place for path in paths for place in places_of(path)}):
         known = journal_names(journal)
         if known is None or not names.isdisjoint(known[0]):
             found.append(journal)
     return found
+
+
+def places_of(image: Path) -> set[Path]:
+    """The directories where a journal of a merge of `image` may lie: its own, and a link's."""
+    return {image.absolute().parent, Path(os.path.realpath(image)).parent}
 
 
 def journal_names(journal: Path) -> tuple[set[str], set[str]] | None:

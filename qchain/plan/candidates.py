@@ -86,6 +86,10 @@ def obstacle(tree: ChainTree, group: Group, target: int, options: MergeOptions) 
     strategy = strategy_of(group.members.index(target), len(group.members))
     if options.strategy not in ("auto", strategy):
         return f"--strategy {options.strategy} was asked for"
+    if options.names == "lowest" and layer is not lowest:
+        for each in (layer, lowest):
+            if each.file.is_block_device:
+                return f"{each.path.name} is a block device and cannot be renamed"
     if options.names == "lowest" and _apart(lowest, layer):
         return f"it lies on another filesystem than {lowest.path.name}, whose name is to stay"
     if target == group.kept:
@@ -113,8 +117,10 @@ def obstacle(tree: ChainTree, group: Group, target: int, options: MergeOptions) 
             return f"{trap}; allow it with --allow-format-change, or use --names lowest"
     if layer.format == "raw" and kept.size != layer.size and layer.file.is_block_device:
         return f"{layer.path.name} is a block device and cannot change its size"
-    if options.names == "kept" and kept.file.is_block_device:
-        return f"{kept.path.name} is a block device and cannot be renamed"
+    if options.names == "kept":
+        for each in (kept, layer):
+            if each.file.is_block_device:
+                return f"{each.path.name} is a block device and cannot be renamed"
     if options.names == "kept" and _apart(kept, layer):
         return "it lies on another filesystem, from where no rename leads to the kept name"
     if isinstance(layer, Qcow2Layer) and kept.size > layer.size:
@@ -152,12 +158,14 @@ def _figures(
     reads = traffic.commit_bytes + traffic.pull_read_bytes
     written = traffic.commit_bytes + traffic.pull_bytes
     pulls = position < group.count - 1
+    # Where no hard link is possible each request waits for the device (`sequence.pull`).
+    slower = layers[target].file.is_block_device
     requests = -(-traffic.commit_bytes // (1 << 20)) + traffic.extents
     seconds = model.seconds(
         read=reads,
         written=written,
         requests=requests if position else 0,
-        serial_requests=traffic.extents if pulls else 0,
+        serial_requests=traffic.extents * (4 if slower else 1) if pulls else 0,
         files=len(group.line),
         commands=(1 if position else 0) + (3 if pulls else 0),
     )
@@ -327,8 +335,9 @@ def _no_copy(tree: ChainTree, group: Group, options: MergeOptions) -> str | None
         return "--strategy copy was not asked for"
     if options.names == "target":
         return "a new file has no name of its own to keep; use --names kept or lowest"
-    if options.names == "kept" and kept.file.is_block_device:
-        return f"{kept.path.name} is a block device and cannot be renamed"
+    renamed = kept if options.names == "kept" else lowest
+    if renamed.file.is_block_device:
+        return f"{renamed.path.name} is a block device and cannot be renamed"
     bitmaps = bitmap_obstacle(tree.layers, group, None, options)
     if bitmaps is not None:
         return bitmaps

@@ -120,6 +120,8 @@ def no_native(
     layer = layers[target]
     if layer.header is None:
         return _foreign(layer)
+    if layer.file.is_block_device:
+        return f"{layer.path.name} is a block device, which the native engine does not append to"
     if layer.header.nb_snapshots:
         return f"{layer.path.name} holds internal snapshots, which the native engine does not carry"
     return _bitmaps(layers, group, target, options) or _no_room(layers, group, layer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from qchain.chain.layer import Layer
 from qchain.plan.bitmaps import bitmap_refusals, fate_of
 from qchain.plan.candidates import Candidate
 from qchain.plan.choice import GroupPlan, choices, impossible, space_of
+from qchain.plan.links import stand_for_links
 from qchain.plan.model import DEFAULT, TimeModel
 from qchain.plan.naming import naming_refusals
 from qchain.plan.options import MergeOptions
@@ -48,6 +49,8 @@ class Plan:
     model: TimeModel = DEFAULT
     request: Request = field(default_factory=Request)
     """What was asked for, so that the plan can be made again."""
+    links: Mapping[Path, Path] = field(default_factory=dict)
+    """By the names of files: the links by which the chain knows them."""
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -58,8 +61,11 @@ class Plan:
         return [step for group in self.groups for step in group.steps]
 
     def path(self, index: int | None) -> str | None:
-        """The absolute name of a layer."""
-        return None if index is None else os.path.abspath(self.layers[index].path)
+        """The absolute name of a layer, as the chain knows it."""
+        if index is None:
+            return None
+        path = self.layers[index].path
+        return os.path.abspath(self.links.get(path, path))
 
     def as_json(self, program: str = "qemu-img") -> dict[str, object]:
         """The plan with the field names that outside scripts rely on."""
@@ -137,6 +143,10 @@ def make_plan(
     layers = tree.layers
     dropped = select(request, tree)
     bare = groups_of(dropped, tree)
+    # What stays what it is keeps the name by which it is known.
+    changed = {index for group in bare for index in group.members}
+    changed |= {above for group in bare for above in tree.overlays[group.kept]}
+    links = stand_for_links(layers[index] for index in sorted(changed))
     unfinished = unfinished_refusals(layers, bare)
     chosen = choices(tree, bare, options, model, progress, behaviour_of(version))
     refusals = _refusals(tree, chosen, options)
@@ -173,7 +183,8 @@ def make_plan(
     if narrow:
         refusals += narrow
         plans = [replace(plan, steps=(), result=None) for plan in plans]
-    return Plan(tree, options, tuple(plans), tuple(dict.fromkeys(refusals)), token, model, request)
+    lines = tuple(dict.fromkeys(refusals))
+    return Plan(tree, options, tuple(plans), lines, token, model, request, links)
 
 
 def _refusals(tree: ChainTree, plans: Sequence[GroupPlan], options: MergeOptions) -> list[str]:

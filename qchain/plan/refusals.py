@@ -9,7 +9,7 @@ from pathlib import Path
 from qchain.chain.chain_tree import ChainTree
 from qchain.chain.layer import Layer
 from qchain.chain.names import resolve_backing
-from qchain.chain.scan import Unseen, identity, journal_names, overlays_in, unfinished
+from qchain.chain.scan import Unseen, identity, journal_names, overlays_in, places_of, unfinished
 from qchain.hostfile import FileId, mount_id
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
@@ -58,8 +58,14 @@ def _unfit(layer: Layer) -> list[str]:
     """What forbids to write to a file at all, if only to its header."""
     out: list[str] = []
     path, header = layer.path, layer.header
-    if path.is_symlink():
-        out.append(f"{path}: is a symbolic link; name {os.path.realpath(path)} itself")
+    if layer.file.is_block_device:
+        pass  # LVM's names are links, and nothing is renamed
+    elif path.is_symlink():
+        real = os.path.realpath(path)
+        out.append(
+            f"{path}: is a symbolic link, and from where it leads its backing name means "
+            f"something else; record an absolute one ('qemu-img rebase -u'), or name {real} itself"
+        )
     elif mount_id(path) != mount_id(path.parent):
         out.append(f"{path}: is a mount point, and cannot be renamed; merge it where it lies")
     status = os.fstat(layer.file.fd)
@@ -70,8 +76,6 @@ def _unfit(layer: Layer) -> list[str]:
         )
     if not os.access(path, os.W_OK) or not os.access(path.parent, os.W_OK):
         out.append(f"{path}: the file or its directory cannot be written to; run as its owner")
-    if layer.file.is_block_device:
-        out.append(f"{path}: merging block devices comes with a later version")
     if header is None:
         return out
     if header.corrupt:
@@ -184,7 +188,7 @@ def unfinished_refusals(layers: Sequence[Layer], groups: Sequence[Group]) -> lis
     names = [os.path.realpath(layer.path) for layer in layers]
     merged = {names[index] for group in groups for index in group.members}
     out = []
-    for path in unfinished({layer.path.absolute().parent for layer in layers}):
+    for path in unfinished({place for layer in layers for place in places_of(layer.path)}):
         known = journal_names(path)
         if known is not None and merged.isdisjoint(known[0]) and known[1].isdisjoint(names):
             continue

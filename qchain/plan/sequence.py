@@ -21,6 +21,7 @@ from qchain.plan.commands import (
     create_empty_argv,
     rebase_safe_argv,
     rebase_unsafe_argv,
+    rebase_writethrough_argv,
     resize_shrink_argv,
 )
 from qchain.plan.names import absolute_name, backing_name, relative_name, saved_name
@@ -83,6 +84,8 @@ class _Builder:
         self.work = self.t_path.parent / f"{WORK_PREFIX}{self.token}"
         self.alias = f"{WORK_PREFIX}{self.token}.b"
         self.pulls = self.t_index != self.group.members[-1] or bool(self.group.onto)
+        # Neither link nor alias beside a device; and in /dev both would not outlive power loss.
+        self.direct = self.pulls and self.t.file.is_block_device
         # The kept image's bitmaps are to outlive a commit that is killed.
         self.covered = self.t is not self.j and has_bitmaps(self.j)
         self.native = self.candidate.engine == "native"
@@ -155,6 +158,16 @@ class _Builder:
             label = f"shrink {self.t_path.name}"
             self.add(Command(tuple(shrink), label=label, writes=(self.t_path,)))
             self.add(Sync(self.t_path))
+
+    def pull_directly(self) -> None:
+        # Stopped within: writethrough puts clusters and tables on the disk before the header
+        # names N, so whichever backing it names t reads the same (about four times slower).
+        name = self.backing_name(self.t_path.parent)
+        argv = rebase_writethrough_argv(self.t_path, self.t.format, name, self.backing_format())
+        label = f"pull into {self.t_path.name}"
+        weight = self.candidate.traffic.pull_bytes
+        self.add(Command(tuple(argv), weight=weight, label=label, writes=(self.t_path,)))
+        self.add(Sync(self.t_path), Confirm(self.t_path, self.new_backing(), self.backing_format()))
 
     def pull(self) -> None:
         present = self.t.backing
@@ -233,7 +246,8 @@ class _Builder:
     def verify(self) -> None:
         if self.options.verify == "none":
             return
-        new = self.work / "image" if self.pulls and not self.native else self.t_path
+        own = not self.pulls or self.direct or self.native
+        new = self.t_path if own else self.work / "image"
         below = self.new_backing()
         moved = self.candidate.traffic.commit_bytes + self.candidate.traffic.pull_bytes
         if self.options.verify == "full":
@@ -264,12 +278,13 @@ class _Builder:
         if self.options.keep_files and final != self.t_path:
             # Before any header changes: that it cannot be made must stop nothing halfway.
             self.add(HardLink(final, saved_name(final)))
+        linked = self.pulls and not self.direct and not self.native
         if self.native:
             self.switch_header()
-        elif self.pulls or way != name_here:
+        elif linked or way != name_here:
             # Every cluster is durable: the header alone changes, j reads the same.
             self.point_to(self.t_path, way)
-        if self.pulls and not self.native:
+        if linked:
             self.add(Unlink(self.work / "image"), Unlink(self.work / self.alias))
             self.add(Unlink(directory / self.alias))
         kept = self.group.kept if self.t is self.j else None
@@ -298,6 +313,8 @@ class _Builder:
                 continue
             if self.options.keep_files and path != self.t_path:
                 continue
+            if self.layers[index].file.is_block_device:
+                continue  # whoever made it takes it away
             self.add(Unlink(path))
             directories.add(path.parent)
         name = self.backing_name(final.parent)
@@ -344,7 +361,9 @@ def sequence(
             builder.add(Freeze(builder.t_path, builder.work / "before"))
         if builder.t is not builder.j:
             builder.commit()
-        if builder.pulls:
+        if builder.direct:
+            builder.pull_directly()
+        elif builder.pulls:
             builder.pull()
     builder.verify()
     final = builder.switch()

@@ -59,7 +59,10 @@ def require_same_size(layers: Sequence[Layer], kept_id: FileId, goal_id: FileId)
     if kept is None or goal is None or kept.file.id == goal.file.id:
         return
     sizes = [
-        os.fstat(layer.file.fd).st_size if layer.format == "raw" else read_header(layer.file).size
+        # Not fstat: it says 0 of a block device.
+        os.lseek(layer.file.fd, 0, os.SEEK_END)
+        if layer.format == "raw"
+        else read_header(layer.file).size
         for layer in (kept, goal)
     ]
     # A raw disk is as long as its file, which may end within a sector.

@@ -90,6 +90,7 @@ def restore_backing(run: GroupRun) -> None:
     run.flush(run.t_path)
     below = None if name is None else run.record.layers[run.record.target + 1].path
     confirm(run.t_path, below, fmt, None, run.switched)
+    run.steady.note(run.locks.layers, {run.record.goal.id})
 
 
 def led_away(run: GroupRun) -> bool:

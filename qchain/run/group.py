@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from qchain.chain.layer import Layer, Qcow2Layer
+from qchain.chain.scan import identity
 from qchain.errors import FailedMidway, Refused
 from qchain.hostfile import HostFile
 from qchain.plan.commands import unlocked_argv
@@ -37,6 +38,7 @@ from qchain.plan.steps import (
     Sync,
     TakeAttributes,
     Unlink,
+    written_by,
 )
 from qchain.qcow2.header import read_header
 from qchain.run.attributes import open_to_all_of, take_attributes
@@ -50,6 +52,7 @@ from qchain.run.native import native_copy, native_free, native_switch, native_wr
 from qchain.run.oldview import OldView, rescued_beside
 from qchain.run.private import make_private, open_private
 from qchain.run.qemu_img import QemuImg
+from qchain.run.steady import Steady
 from qchain.verify.frozen import map_digest
 
 __all__ = ["GroupRun", "Observer"]
@@ -83,6 +86,7 @@ class GroupRun:
         self.qemu, self.observer, self.locks = qemu, observer, locks
         self.t_path = record.goal.path
         self.old = OldView(record, layers)
+        self.steady = Steady(locks.layers)
         self.opened: list[HostFile] = []
         self.journal: Journal | None = None
         self.made: list[Path] = []
@@ -93,6 +97,16 @@ class GroupRun:
 
     def perform(self, step: Step) -> None:
         """Do one step. Raises `QchainError` or `OSError` when it fails."""
+        named = [] if self.switched or self.resumed else self.record.layers
+        self.steady.require(self.locks.layers, named)
+        try:
+            self._do(step)
+        finally:
+            written = {identity(path) for path in written_by(step)}
+            if written or isinstance(step, Adopt):
+                self.steady.note(self.locks.layers, written)
+
+    def _do(self, step: Step) -> None:
         match step:
             case Command():
                 self._command(step)

@@ -35,12 +35,13 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qchain.chain.layer import Layer
-from qchain.chain.scan import JOURNAL_SUFFIX, WORK_PREFIX
+from qchain.chain.scan import JOURNAL_SUFFIX, WORK_PREFIX, identity
 from qchain.hostfile import FileId, HostFile
 from qchain.plan.plan import Plan
 from qchain.plan.steps import Adopt, Step
@@ -264,12 +265,15 @@ def record_of(layer: Layer) -> LayerRecord:
 
 
 def _id(path: Path) -> FileId | None:
-    """The file that a name is; unlike `chain.scan.identity` links are not followed."""
+    """The file that a name is; links are not followed, unless they lead to a block device."""
     try:
         status = os.lstat(path)
     except OSError:
         return None
-    return FileId(status.st_dev, status.st_ino)
+    if stat.S_ISREG(status.st_mode):
+        return FileId(status.st_dev, status.st_ino)
+    found = identity(path)
+    return found if found is not None and found.device == -1 else None
 
 
 def _encoded(document: dict[str, object]) -> bytes:

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qchain.chain.layer import Layer
+from qchain.chain.scan import identity
 from qchain.errors import Refused
 from qchain.hostfile import HostFile
 from qchain.run.locks import (
+    flock_holder,
     hold_reader,
     hold_writer,
     holder_name,
@@ -126,8 +128,11 @@ def sole(files: Iterable[HostFile], merged: Iterable[HostFile]) -> Iterator[None
             try:
                 fcntl.flock(file.fd, kind | fcntl.LOCK_NB)
             except BlockingIOError:
+                who = flock_holder(file.fd)
                 raise Refused(
-                    file.path, "another qchain is working on this chain", "wait until it has ended"
+                    file.path,
+                    "another qchain is working on this chain" + f": {who}" * (who is not None),
+                    "wait until it has ended",
                 ) from None
             except OSError as error:
                 reason = (error.strerror or str(error)).lower()
@@ -147,11 +152,4 @@ def _has_locks(layer: Layer) -> bool:
 
 
 def _is_any(layer: Layer, names: Iterable[Path]) -> bool:
-    for name in names:
-        try:
-            status = name.stat()
-        except OSError:
-            continue
-        if (status.st_dev, status.st_ino) == (layer.file.id.device, layer.file.id.inode):
-            return True
-    return False
+    return any(identity(name) == layer.file.id for name in names)

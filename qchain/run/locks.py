@@ -27,6 +27,7 @@ from qchain.errors import Refused
 
 __all__ = [
     "LockState",
+    "flock_holder",
     "hold_reader",
     "hold_writer",
     "holder_name",
@@ -129,6 +130,23 @@ def holder_name(fd: int) -> str | None:
                 if _has_qemu_locks((process / "fdinfo" / link.name).read_text()):
                     name = (process / "comm").read_text().strip()
                     return f"{name} (pid {process.name})"
+    return None
+
+
+def flock_holder(fd: int) -> str | None:
+    """'qchain (pid 123)' for a process that has a flock on the file, if it can be known.
+
+    That lock names its owner, unlike an OFD lock: in /proc/locks, by device and inode.
+    """
+    status = os.fstat(fd)
+    where = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            # 2: FLOCK  ADVISORY  WRITE 123 fe:00:4567 0 EOF; waiting ones have "->" before.
+            words = line.split()
+            if words[1] == "FLOCK" and words[5] == where:
+                name = Path("/proc", words[4], "comm").read_text().strip()
+                return f"{name} (pid {words[4]})"
     return None
 
 

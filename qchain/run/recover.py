@@ -20,6 +20,7 @@ from pathlib import Path
 from qchain.chain.chain import open_layer
 from qchain.chain.gate import Gate
 from qchain.chain.layer import Layer
+from qchain.chain.scan import places_of
 from qchain.errors import FailedMidway, ImageError, Refused
 from qchain.hostfile import FileId, HostFile
 from qchain.plan.steps import (
@@ -87,10 +88,11 @@ def journals_at(where: Path) -> list[Path]:
     if where.is_dir():
         return find_journals([where]) + unwritten(where)
     name = where.absolute()
-    found = [path for path in find_journals([name.parent]) if _concerns(path, name)]
+    places = sorted(places_of(name))
+    found = [path for path in find_journals(places) if _concerns(path, name)]
     if not found and not where.exists():
         raise ImageError(where, "no such file, and no journal names it", "name its directory")
-    return found + unwritten(name.parent)
+    return found + [path for place in places for path in unwritten(place)]
 
 
 def _concerns(journal: Path, name: Path) -> bool:

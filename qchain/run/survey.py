@@ -72,9 +72,11 @@ def open_files(journal: Journal) -> Iterator[Files]:
         for known in journal.chain:
             if not os.path.lexists(known.path):
                 continue
-            if known.path in members and known.path.is_symlink():
-                raise Refused(known.path, "has become a symbolic link", "put the image back there")
             file = HostFile(known.path)
+            linked = known.path.is_symlink() and not file.is_block_device
+            if known.path in members and linked:
+                file.close()
+                raise Refused(known.path, "has become a symbolic link", "put the image back there")
             if file.id in by_id:
                 file.close()
             else:
@@ -119,9 +121,13 @@ def renumber(journal: Journal, files: Files) -> None:
 
 
 def _same_device(journal: Journal, index: int, file: HostFile | None) -> None:
-    """A block device (only ever below what is merged) is known by what is on it."""
+    """A block device is known by what is on it; what the merge was writing to, by its name."""
     known = journal.chain[index]
-    if file is not None and file.is_block_device and state_of(file).same_content(known.state):
+    if file is None or not file.is_block_device:
+        return
+    state = state_of(file)
+    ours = index in journal.unsettled and state.size == known.state.size
+    if ours or state.same_content(known.state):
         journal.chain[index] = replace(known, id=file.id)
 
 
@@ -227,7 +233,9 @@ def examine(journal: Journal, record: GroupRecord, first: int, files: Files) -> 
             "remove them ('qemu-img bitmap --remove'), or try 'qchain recover --back'",
         )
     # A copy that had no name yet is made again, with whatever is in the kept image now.
-    return record.copy is None and (journal.carrying or _differs(journal, kept, files))
+    # Of a device only its header tells: what was written to its data is taken over anyhow.
+    device = files[kept.path].is_block_device
+    return record.copy is None and (device or journal.carrying or _differs(journal, kept, files))
 
 
 def _nothing_since_the_copy(journal: Journal, record: GroupRecord, files: Files) -> None:
