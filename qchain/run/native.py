@@ -160,7 +160,10 @@ def _reclaim(run: GroupRun, image: Path, kept: Path) -> None:
         found = check_image(file, header)
         if found.corruptions or found.leaks:
             return  # unused room at the end harms nothing
-        end = max(pending.length, last_counted(file, header) * header.cluster_size)
+        used = last_counted(file, header)
+        # The last cluster that it had may not have been whole.
+        had = -(-pending.length // header.cluster_size)
+        end = pending.length if used <= had else used * header.cluster_size
         if end < file.size:
             os.ftruncate(fd, end)
             os.fsync(fd)
