@@ -34,6 +34,7 @@ from qchain.run.locking import ChainLocks
 from qchain.run.private import open_private
 from qchain.run.qemu_img import QemuImg
 from qchain.verify.compare import Comparison, compare
+from qchain.verify.shared import SharedExtents
 
 __all__ = ["Copy", "copy_point", "planned_copy"]
 
@@ -190,7 +191,12 @@ def _made(wanted: Copy, fd: int, draft: Path, qemu: QemuImg, observer: Observer)
             raise FailedMidway(draft, "is another file than the one that was made")
         layer = _layer(wanted, draft, file)
         below = () if wanted.base is None else wanted.chain.layers[wanted.base :]
-        found = compare([layer, *below], wanted.chain.layers, progress=observer.advance)
+        found = compare(
+            [layer, *below],
+            wanted.chain.layers,
+            extents=SharedExtents() if wanted.native else None,
+            progress=observer.advance,
+        )
     if not found.identical or layer.size != wanted.chain.size:
         raise FailedMidway(draft, f"the copy differs at guest offset {found.first_difference}", "")
     return found

@@ -13,13 +13,14 @@ from qchain.chain.layer import Layer, Qcow2Layer, RawLayer
 from qchain.errors import FailedMidway
 from qchain.hostfile import HostFile
 from qchain.native.inplace import header_of
-from qchain.plan.steps import Compare
+from qchain.plan.steps import Compare, NativeCopy, NativeWrite
 from qchain.plan.traffic import commit_granularity
 from qchain.qcow2.header import read_header
 from qchain.run.journal import GroupRecord
 from qchain.run.pending import read_pending
 from qchain.verify.compare import Comparison, compare
 from qchain.verify.frozen import freeze, frozen_view, open_rescued, rescue
+from qchain.verify.shared import SharedExtents
 
 __all__ = ["OldView", "rescued_beside"]
 
@@ -83,7 +84,15 @@ class OldView:
         old = list(self.line)
         if self.record.target > 0:
             old[0] = self._fresh(old[0])
-        found = compare(old, [new, *self.below], everything=everything, progress=progress)
+        native = any(isinstance(each, (NativeCopy, NativeWrite)) for each in self.record.steps)
+        found = compare(
+            old,
+            [new, *self.below],
+            everything=everything,
+            # What was shared needs no reading: that it is, the filesystem says anew.
+            extents=SharedExtents() if native else None,
+            progress=progress,
+        )
         self.comparison = found
         if not found.identical:
             raise FailedMidway(
