@@ -289,12 +289,14 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
     out.print(drawn, end="", soft_wrap=True)
     out.print()
     rows = []
+    native = any(candidate.engine == "native" for candidate in group.candidates)
     for candidate in group.candidates:
         if candidate.feasible:
             rows.append(
                 (
                     "*" if candidate is group.chosen else "",
                     candidate.strategy,
+                    *([candidate.engine] if native else []),
                     "a new file" if candidate.target is None else names[candidate.target],
                     size_text(candidate.read_bytes),
                     size_text(candidate.write_bytes),
@@ -308,6 +310,7 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
         heads = (
             "",
             "strategy",
+            *(["engine"] if native else []),
             "into",
             "reads>",
             "writes>",

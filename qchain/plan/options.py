@@ -7,15 +7,15 @@ from pathlib import Path
 
 from qchain.errors import Refused, UsageError
 
-__all__ = ["AUTO_ENGINE", "MergeOptions"]
+__all__ = ["AUTO_ENGINES", "MergeOptions"]
 
 STRATEGIES = ("auto", "pull", "commit", "both", "copy")
 ENGINES = ("auto", "qemu-img", "native")
 NAMES = ("kept", "lowest", "target")
 PREFER = ("time", "writes", "space")
 VERIFY = ("moved", "full", "manifest", "none")
-AUTO_ENGINE = "qemu-img"
-"""What `--engine auto` takes."""
+AUTO_ENGINES = ("qemu-img",)
+"""Those of which `--engine auto` takes the cheaper; of a copy by `qchain copy` the first."""
 BITMAPS = ("refuse", "carry", "drop")
 
 
@@ -40,7 +40,7 @@ class MergeOptions:
     @property
     def engines(self) -> tuple[str, ...]:
         """Those that may do the work."""
-        return (AUTO_ENGINE if self.engine == "auto" else self.engine,)
+        return AUTO_ENGINES if self.engine == "auto" else (self.engine,)
 
     def __post_init__(self) -> None:
         for option, value, known in (

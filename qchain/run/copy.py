@@ -24,7 +24,7 @@ from qchain.native.newfile import write_new_file
 from qchain.plan.copying import copy_argvs
 from qchain.plan.names import backing_name
 from qchain.plan.naming import new_room, room
-from qchain.plan.options import AUTO_ENGINE
+from qchain.plan.options import AUTO_ENGINES
 from qchain.qcow2.header import read_header
 from qchain.run.attributes import take_attributes
 from qchain.run.durable import fsync_directory, fsync_open
@@ -78,7 +78,7 @@ class Copy:
 
 
 def planned_copy(
-    chain: Chain, destination: Path, base: int | None, engine: str = AUTO_ENGINE
+    chain: Chain, destination: Path, base: int | None, engine: str = AUTO_ENGINES[0]
 ) -> Copy:
     """What a copy of the active point of `chain` to `destination` takes.
 
