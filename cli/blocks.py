@@ -37,7 +37,7 @@ def commit(
     ] = None,
     yes: Yes = False,
 ) -> None:
-    """Commit down, as virsh blockcommit: TOP's content under the name of BASE (the lowest)."""
+    """Commit TOP into BASE (or the lowest), as blockcommit."""
     from qchain.plan.words import commit_request
 
     from .merge import carry_out
@@ -66,21 +66,20 @@ def pull(
     base: Base = None,
     yes: Yes = False,
 ) -> None:
-    """Pull up, as virsh blockpull: IMAGE takes in what lies above BASE (without: all below)."""
+    """Pull into IMAGE what is above BASE (or all), as blockpull."""
     from qchain.plan.words import pull_request
 
     from .merge import carry_out
     from .planning import options_of
 
     options = options_of(carrying)
-    carry_out(
-        "pull",
-        [image],
-        carrying,
-        common,
-        yes,
-        lambda chain: pull_request(chain.layers, base, options),
-    )
+
+    def wanted(chain: ChainTree) -> tuple[Request, MergeOptions]:
+        if len(chain.layers) == 1 and not common.json and not carrying.dry_run:
+            write(f"{printable(image)} has no backing file: there is nothing below it.\n")
+        return pull_request(chain.layers, base, options)
+
+    carry_out("pull", [image], carrying, common, yes, wanted)
 
 
 @command
@@ -94,7 +93,7 @@ def copy(
     ] = False,
     engine: Engine = "auto",
 ) -> None:
-    """Copy, as virsh blockcopy: ACTIVE's content in a new file (over BASE, if one is named)."""
+    """Copy ACTIVE's content to a new file (over BASE), as blockcopy."""
     import shlex
 
     from qchain.plan.options import MergeOptions
@@ -106,7 +105,7 @@ def copy(
     from .planning import program
     from .tables import size_text
 
-    with open_for(active, common) as chain:
+    with open_for(active, common, reads=dry_run) as chain:
         wanted = planned_copy(
             chain,
             destination,

@@ -23,7 +23,7 @@ def chain(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The active image.")],
     common: Common,
 ) -> None:
-    """Show a chain: its layers, what they hold, and who owns which region of the disk."""
+    """Show a chain: its layers, what each holds, who owns what."""
     from qchain.chain.cut import counted_beyond
     from qchain.chain.ownership import ownership
     from qchain.chain.scan import unfinished_of
@@ -70,7 +70,7 @@ def _as_json(layer: Layer, owned: Ownership) -> dict[str, Any]:
 def _show(opened: Chain, owned: list[Ownership]) -> None:
     from qchain.chain.counts import owned_by_region
 
-    from .picture import REGIONS, draw
+    from .picture import draw, regions
     from .tables import count_text, size_text, write_table
 
     layers = opened.layers
@@ -93,4 +93,4 @@ def _show(opened: Chain, owned: list[Ownership]) -> None:
         rows.append((len(rows), opened.missing.name, "missing", "-", "-", "-", "-", "-"))
     heads = ("#>", "image", "format", "virtual>", "on disk>", "allocated>", "owned>", "shadowed>")
     write_table(heads, rows)
-    write("\n" + draw(owned_by_region(layers, REGIONS), opened.size))
+    write("\n" + draw(owned_by_region(layers, regions()), opened.size))

@@ -28,7 +28,7 @@ def check(
         typer.Option("--limit", metavar="N", min=0, help="List at most N problems of one kind."),
     ] = 1000,
 ) -> None:
-    """Check one image, its backing file left aside (exit 0: consistent, 1: not)."""
+    """Check the refcounts of an image (exit 0: consistent, 1: not)."""
     from qchain.chain.chain import named_format
     from qchain.qcow2.check import check_image
     from qchain.qcow2.header import read_header

@@ -42,7 +42,7 @@ def compare(
         bool, typer.Option("--list", help="Also list the ranges that differ, in whole sectors.")
     ] = False,
 ) -> None:
-    """Compare what the guest sees in A and in B (exit 0: the same, 1: different)."""
+    """Compare what the guest sees in A and B (exit 0: same, 1: not)."""
     from qchain.verify.compare import MAX_RANGES
     from qchain.verify.compare import compare as compare_points
 

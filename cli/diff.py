@@ -44,7 +44,7 @@ def diff(
         bool, typer.Option("--files", help="Name the files that changed (ext2, ext3, ext4).")
     ] = False,
 ) -> None:
-    """List the guest ranges in which A and B differ (exit 0: none, 1: some)."""
+    """List the ranges in which A and B differ (exit 0: none, 1: some)."""
     from qchain.forensics.diff import differences
     from qchain.forensics.files import changed_files
     from qchain.verify.compare import MAX_RANGES

@@ -34,7 +34,7 @@ def extract(
         ),
     ] = None,
 ) -> None:
-    """Write the raw content, or a range of it; sparse where it is zero."""
+    """Write the raw content, or a range of it; sparse where zero."""
     from qchain.forensics.extract import extract_to_file, extract_to_stream
 
     from .merge import ending_in_order

@@ -23,7 +23,7 @@ def hash_(
         str, typer.Option("--algorithm", "-a", metavar="NAME", help="As hashlib names it.")
     ] = "sha256",
 ) -> None:
-    """Digest of the raw content, equal to that of 'qemu-img convert -O raw'."""
+    """Digest of the raw content (as 'qemu-img convert -O raw' has it)."""
     from qchain.chain.digest import digest
 
     from .opening import missing_field, missing_lines, open_for, tell_cut

@@ -56,7 +56,7 @@ def info(
         typer.Option("--bitmap", metavar="NAME", help="Also list the dirty ranges of this one."),
     ] = None,
 ) -> None:
-    """Describe one image: format, sizes, features, snapshots, bitmaps, clusters."""
+    """Describe one image: format, sizes, snapshots, clusters and more."""
     from qchain.chain.scan import unfinished_of
 
     from .opening import tell_unfinished, unfinished_field

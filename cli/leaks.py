@@ -32,7 +32,7 @@ def leaks(
         typer.Option("--extract", metavar="DIR", help="Copy all that is not zero into DIR."),
     ] = None,
 ) -> None:
-    """List leaked and free clusters and the slack at the end, and look at what is in them."""
+    """List leaked and free clusters and slack, and what is in them."""
     from qchain.chain.chain import named_format
     from qchain.forensics.look import MAX_MAGIC, knows_magic, look_at
     from qchain.forensics.unused import unused_ranges

@@ -34,7 +34,7 @@ def map_(
         typer.Option("--layer", help="This image alone; its backing file is not opened."),
     ] = False,
 ) -> None:
-    """List the extents of the disk: which layer decides, what is there, where in its file."""
+    """List the extents of the disk: which layer decides, and where."""
     if layer:
         _layer_map(image, common)
         return

@@ -35,7 +35,7 @@ def merge(
     common: Common,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Merge: drop points of a chain; every kept one reads as before, and that is verified."""
+    """Drop points; every kept one reads as before, and is verified."""
     from .planning import asked
 
     carry_out("merge", active, merging, common, yes, asked(merging))
@@ -70,7 +70,8 @@ def carry_out(
     )
 
     terminal = sys.stdin is not None and sys.stdin.isatty()
-    with opened_and_planned(active, merging, common, wanted) as (chain, plan):
+    planned = opened_and_planned(active, merging, common, wanted, reads=merging.dry_run)
+    with planned as (chain, plan):
         if agrees is not None:
             agrees(plan)
         # What forbids the merge in any case comes first.

@@ -33,8 +33,11 @@ __all__ = [
 ]
 
 
-def refuse_writer(path: Path, file: HostFile) -> None:
-    """Raise `Refused` when another process has the image open for writing."""
+def refuse_writer(path: Path, file: HostFile, *, reads: bool = True) -> None:
+    """Raise `Refused` when another process has the image open for writing.
+
+    `reads`: the command only reads, so that -U is a way.
+    """
     from qchain.run.locks import holder_name, probe
 
     if probe(file.fd).writer:
@@ -42,17 +45,18 @@ def refuse_writer(path: Path, file: HostFile) -> None:
         raise Refused(
             path,
             f"in use by {who}, which may write to it",
-            "shut the guest off, or read it as it stands with -U",
+            "shut the guest off" + reads * ", or read it as it stands with -U",
         )
 
 
-def open_for(path: Path, common: Common, gate: Gate | None = None) -> Chain:
+def open_for(path: Path, common: Common, gate: Gate | None = None, *, reads: bool = True) -> Chain:
     """The chain of `path`, active first; of its internal snapshot, where the options name one.
 
     A backing file that is missing and taken for zeroes is told on stderr.
 
     Args:
         gate: what `common.gate()` gave, where that was called before (it may read a pipe).
+        reads: as of `refuse_writer`.
 
     Raises: what `qchain.chain.chain.open_chain` raises; `Refused` when an image of the
         chain is in use by a writer and the options do not allow that.
@@ -61,14 +65,14 @@ def open_for(path: Path, common: Common, gate: Gate | None = None) -> Chain:
 
     snapshot = common.snapshot if isinstance(common, Point) else None
     chain = open_chain(path, gate or common.gate(), common.format, snapshot)
-    _unused(chain, common)
+    _unused(chain, common, reads)
     if chain.missing is not None:
         note(_missing_text(chain.missing))
     return chain
 
 
-def open_tree_for(paths: Sequence[Path], common: Common) -> ChainTree:
-    """The chains of several active images, each file once.
+def open_tree_for(paths: Sequence[Path], common: Common, *, reads: bool = True) -> ChainTree:
+    """The chains of several active images, each file once. `reads`: as of `refuse_writer`.
 
     Raises: what `qchain.chain.chain_tree.open_tree` raises; `Refused` when an image is in
         use by a writer and the options do not allow that.
@@ -76,18 +80,18 @@ def open_tree_for(paths: Sequence[Path], common: Common) -> ChainTree:
     from qchain.chain.chain_tree import open_tree
 
     tree = open_tree(paths, common.gate(), common.format)
-    _unused(tree, common)
+    _unused(tree, common, reads)
     return tree
 
 
-def _unused(opened: Chain | ChainTree, common: Common) -> None:
+def _unused(opened: Chain | ChainTree, common: Common, reads: bool) -> None:
     """Raise `Refused`, and close all, when a writer has one of the files and may not be ignored."""
     try:
         if not common.force_share:
             for layer in opened.layers:
-                refuse_writer(layer.path, layer.file)
+                refuse_writer(layer.path, layer.file, reads=reads)
                 if layer.data is not layer.file:
-                    refuse_writer(layer.data.path, layer.data)
+                    refuse_writer(layer.data.path, layer.data, reads=reads)
     except BaseException:
         opened.close()
         raise

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from qchain.errors import Refused, UsageError
+from qchain.plan.options import ENGINES, NAMES, PREFER, STRATEGIES, VERIFY, one_of
 
 from .output import OutputClosed, note
 
@@ -168,7 +169,7 @@ class Point(Common):
 
 
 Engine = Annotated[
-    str, typer.Option("--engine", metavar="WHO", help="Who writes: auto, qemu-img or native.")
+    str, typer.Option("--engine", metavar="WHO", help=f"Who writes: {one_of(ENGINES)}.")
 ]
 
 
@@ -189,9 +190,9 @@ class Carrying:
         ),
     ] = False
     keep_files: Annotated[bool, typer.Option("--keep-files", help="Delete nothing.")] = False
-    verify: Annotated[
-        str, typer.Option("--verify", metavar="MODE", help="moved, full or none.")
-    ] = "moved"
+    verify: Annotated[str, typer.Option("--verify", metavar="MODE", help=f"{one_of(VERIFY)}.")] = (
+        "moved"
+    )
     bitmaps: Annotated[
         str,
         typer.Option(
@@ -255,17 +256,15 @@ class Merging(Carrying):
     ] = False
     strategy: Annotated[
         str,
-        typer.Option("--strategy", metavar="HOW", help="auto, pull, commit, both or copy."),
+        typer.Option("--strategy", metavar="HOW", help=f"{one_of(STRATEGIES)}."),
     ] = "auto"
     names: Annotated[
         str,
-        typer.Option(
-            "--names", metavar="POLICY", help="The name of the result: kept, lowest, target."
-        ),
+        typer.Option("--names", metavar="POLICY", help=f"The name of the result: {one_of(NAMES)}."),
     ] = "kept"
-    prefer: Annotated[
-        str, typer.Option("--prefer", metavar="WHAT", help="time, writes or space.")
-    ] = "time"
+    prefer: Annotated[str, typer.Option("--prefer", metavar="WHAT", help=f"{one_of(PREFER)}.")] = (
+        "time"
+    )
     allow_format_change: Annotated[
         bool,
         typer.Option("--allow-format-change", help="The kept name may become a raw image."),

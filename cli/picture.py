@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from typing import TYPE_CHECKING
 
+from .output import columns
 from .tables import count_text, size_text
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["REGIONS", "draw"]
+__all__ = ["draw", "regions"]
 
-REGIONS = 60
-"""Columns of the drawing, each an equal part of the disk."""
+_REGIONS, _FEWEST = 60, 20
+_BESIDE = 13
+"""Columns of a row besides the drawing."""
 _ROWS = 40
 _BLOCKS, _ASCII = "·░▒▓█", ".-+*#"
+
+
+def regions() -> int:
+    """Columns of the drawing, each an equal part of the disk: as the terminal has room."""
+    return max(_FEWEST, min(_REGIONS, columns() - _BESIDE))
 
 
 def draw(shares: npt.NDArray[np.float64], size: int) -> str:
@@ -26,9 +34,9 @@ def draw(shares: npt.NDArray[np.float64], size: int) -> str:
         shares: shape (layers, regions), bytes owned (`qchain.chain.counts.owned_by_region`).
         size: of the disk, in bytes.
     """
-    regions = shares.shape[1]
+    count = shares.shape[1]
     shades = _shades()
-    per_region = max(size / regions, 1.0)
+    per_region = max(size / count, 1.0)
     drawn = 0
     rows: list[str] = []
     for index, owned in enumerate(shares):
@@ -40,12 +48,16 @@ def draw(shares: npt.NDArray[np.float64], size: int) -> str:
         cells = "".join(shades[_level(float(part) / per_region)] for part in owned)
         rows.append(f"{index:>4} {cells} {100 * total / max(size, 1):5.1f} %\n")
     end = size_text(size)
-    out = f"     0{end:>{regions - 1}}  owned\n" + "".join(rows)
+    out = f"     0{end:>{count - 1}}  owned\n" + "".join(rows)
     if drawn < len(shares):
         out += f"     ({count_text(len(shares) - drawn, 'layer')} not drawn)\n"
     marks = zip(shades, ("none", "to 25 %", "to 50 %", "to 75 %", "more"), strict=True)
     legend = "  ".join(f"{shade} {meaning}" for shade, meaning in marks)
-    return out + f"     each column is {size_text(round(per_region))}; {legend}\n"
+    each = f"each column is {size_text(round(per_region))}"
+    if _BESIDE + len(each) + len(legend) <= columns():
+        return out + f"     {each}; {legend}\n"
+    lines = [each, *textwrap.wrap(legend, columns() - 5)]
+    return out + "".join(f"     {line}\n" for line in lines)
 
 
 def _level(share: float) -> int:

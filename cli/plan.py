@@ -33,7 +33,8 @@ def plan(
         write_commands,
     )
 
-    with opened_and_planned(active, merging, common, asked(merging)) as (_, made):
+    planned = opened_and_planned(active, merging, common, asked(merging), reads=True)
+    with planned as (_, made):
         if merging.output is not None:
             save_plan(made, merging.output)
         if common.json:

@@ -96,8 +96,12 @@ def opened_and_planned(
     carrying: Carrying,
     common: Common,
     wanted: Wanted,
+    *,
+    reads: bool = False,
 ) -> Iterator[tuple[ChainTree, Plan]]:
     """Open the images and plan the merge that is `wanted` of them; closed on leaving.
+
+    `reads`: nothing more is to be done than that.
 
     Raises: `Refused` (in use, a backing format that is not recorded, options of
         reading), `UsageError`, other `ImageError`s.
@@ -112,7 +116,7 @@ def opened_and_planned(
         if not directory.is_dir():
             raise UsageError(directory, "is no directory", "give --scan a directory")
     try:
-        tree = open_tree_for(active, common)
+        tree = open_tree_for(active, common, reads=reads)
     except FormatNotRecorded as error:
         raise Refused(error.what, error.why, error.todo) from None
     with tree:
@@ -210,6 +214,8 @@ def show_plan(plan: Plan, stderr: bool = False) -> None:
         out.print()
         out.print(safe(f"Times are {plan.model.source}."))
         out.print(safe("At risk: points that a stop midway may spoil; kept ones never are."))
+        where = ", ".join(plan.scanned)
+        out.print(safe(f"Other overlays were looked for in {where}; elsewhere only with --scan."))
     if plan.steps and not stderr:
         out.print()
         out.print(safe(f"{len(plan.steps)} steps; --dry-run prints the commands."))
@@ -287,7 +293,6 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
     lines += _bitmap_lines(group)
     drawn = facts(lines, out.width)
     out.print(drawn, end="", soft_wrap=True)
-    out.print()
     rows = []
     native = any(candidate.engine == "native" for candidate in group.candidates)
     for candidate in group.candidates:
@@ -319,10 +324,13 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
             "time>",
             "at risk",
         )
-        out.print(table(heads, rows))
+        out.print()
+        out.print(table(heads, rows, out.width))
     for candidate in group.candidates:
-        asked_for = (candidate.reason or "").startswith(("--strategy ", "--engine "))
-        if not candidate.feasible and not asked_for:
+        # What is shared is named above, at "leaves".
+        left_out = (candidate.reason or "").startswith(("--strategy ", "--engine "))
+        left_out = left_out or candidate.target in group.group.shared
+        if not candidate.feasible and not left_out:
             into = "a new file" if candidate.target is None else names[candidate.target]
             text = f"  {candidate.strategy} into {into}: not possible: {candidate.reason}"
             out.print(safe(text))

@@ -11,6 +11,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from qchain.errors import printable
+
 from .output import write_error
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class Reporter:
         self._begun = time.monotonic()
         self._told = 0.0
         self._last = (-1, -1)
+        self._total = 0
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
@@ -46,13 +49,18 @@ class Reporter:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    def step(self, label: str, total: int) -> None:
-        """A step of `total` expected bytes begins (0: not known, or short)."""
-        self._stop()
+    def step(self, label: str, total: int, done: int = 0) -> None:
+        """A step begins: of `total` expected bytes `done` are (total 0: not known, or short)."""
         self._label = label
-        self._begun = time.monotonic()
         self._last = (-1, -1)
-        self._event(0, total)
+        if not done or total != self._total:
+            self._stop()
+            self._begun = time.monotonic()
+        elif self._bar is not None:
+            # It is a step of a whole, whose bar goes on.
+            self._show(done, total)
+        self._total = total
+        self._event(done, total)
 
     def advance(self, done: int, total: int) -> None:
         """How far the present step is."""
@@ -74,7 +82,8 @@ class Reporter:
             if self._bar is None:
                 self._bar, self._task = _bar(self._label, done, total)
             if self._task is not None:
-                self._bar.update(self._task, completed=done, total=total)
+                label = printable(self._label)
+                self._bar.update(self._task, completed=done, total=total, description=label)
         except OSError:
             self._bar_wanted = False
 
@@ -95,8 +104,6 @@ def _bar(label: str, done: int, total: int) -> tuple[Progress, TaskID]:
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
-
-    from qchain.errors import printable
 
     from .output import console
 

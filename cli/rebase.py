@@ -38,7 +38,7 @@ def rebase(
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Let IMAGE back on OTHER: it reads as before, which is proven first (exit 1: it would not)."""
+    """Let IMAGE back on OTHER, if it reads as before (exit 1: not)."""
     from qchain.chain.chain import FormatNotRecorded
     from qchain.chain.chain_tree import open_pair
     from qchain.plan.rebase import plan_rebase
@@ -59,7 +59,7 @@ def rebase(
     with tree:
         for layer in tree.layers:
             if not common.force_share:
-                refuse_writer(layer.path, layer.file)
+                refuse_writer(layer.path, layer.file, reads=dry_run)
         with common.reporter() as reporter:
             reporter.step("comparing", tree.layers[0].size)
             made = plan_rebase(tree, other, allow_copy=allow_copy, progress=reporter.advance)

@@ -27,7 +27,7 @@ def report(
         bool, typer.Option("--no-digests", help="Leave the digests out: they read everything.")
     ] = False,
 ) -> None:
-    """Write a report: pictures of the chain, tables, problems, digests, in one HTML file."""
+    """Write a report in one HTML file: pictures, problems, digests."""
     from qchain.forensics.newfile import new_file, write_all
     from qchain.forensics.page import page
     from qchain.forensics.report import collect

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qchain.errors import ExitCode, printable
+from qchain.errors import ExitCode, UsageError, printable
 
 from .options import Common, command
 from .output import absolute, note, write, write_json
@@ -29,7 +29,7 @@ def seal(
         typer.Option("--output", "-o", metavar="FILE", help="The new manifest (ACTIVE.seal.json)."),
     ] = None,
 ) -> None:
-    """Write a manifest of digests: every file of the chain, and what the guest sees."""
+    """Write a manifest of digests: of every file and the content."""
     from qchain.forensics.newfile import new_file, write_all
     from qchain.forensics.seal import SEAL_SUFFIX, make_seal, seal_text
     from qchain.forensics.staleness import staleness
@@ -61,9 +61,23 @@ def seal(
 def verify(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The active image.")],
     common: Common,
-    seal: Annotated[Path, typer.Option("--seal", metavar="FILE", help="What 'seal' wrote.")],
+    seal: Annotated[
+        Path | None, typer.Option("--seal", metavar="FILE", help="What 'seal' wrote.")
+    ] = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            "--manifest", metavar="FILE", help="What a merge with --verify manifest kept."
+        ),
+    ] = None,
 ) -> None:
-    """Hold a chain against its seal (exit 0: intact, 1: changed)."""
+    """Hold a chain against its seal or manifest (exit 1: changed)."""
+    if (seal is None) == (manifest is None):
+        raise UsageError("verify", "is held against one file", "add --seal FILE or --manifest FILE")
+    if manifest is not None:
+        _against_manifest(image, common, manifest)
+        return
+    assert seal is not None
     from qchain.forensics.seal import read_seal
     from qchain.forensics.sealcheck import check_seal
 
@@ -88,6 +102,34 @@ def verify(
     else:
         _show(found, opened)
     if not found.intact:
+        raise typer.Exit(ExitCode.NO)
+
+
+def _against_manifest(image: Path, common: Common, manifest: Path) -> None:
+    from qchain.verify.manifest import check_manifest
+
+    from .opening import missing_field, open_for
+
+    with open_for(image, common) as opened, common.reporter() as reporter:
+        reporter.step("verifying", opened.size)
+        found = check_manifest(manifest, opened.layers, reporter.advance)
+        more = missing_field(opened)
+    if common.json:
+        write_json(
+            {
+                "intact": found.identical,
+                "first_difference": found.first_difference,
+                "different_bytes": found.different_bytes,
+                "compared_bytes": found.compared_bytes,
+            }
+            | more
+        )
+    elif found.identical:
+        write(f"intact: {printable(image)} reads as {printable(manifest)} says\n")
+    else:
+        first, different = found.first_difference, found.different_bytes
+        write(f"changed: first at offset {first}, {different} bytes in pieces of 64 KiB\n")
+    if not found.identical:
         raise typer.Exit(ExitCode.NO)
 
 

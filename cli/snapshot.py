@@ -38,14 +38,14 @@ def snapshot(
         ),
     ] = False,
 ) -> None:
-    """Take an external snapshot: what the image holds stays, the guest writes to a new overlay."""
+    """Take an external snapshot: the guest writes to a new overlay."""
     from qchain.run.snapshot import take_snapshot
 
     from .merge import ending_in_order
     from .opening import open_for
 
     new = Path(name) if "/" in name else active.parent / name
-    with open_for(active, common) as chain:
+    with open_for(active, common, reads=False) as chain:
         others = [] if keep_active_name else _overlays(chain)
         with ending_in_order(changing=True):
             live = take_snapshot(chain, new, keep_active_name=keep_active_name)

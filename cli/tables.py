@@ -23,11 +23,14 @@ __all__ = [
     "fold",
     "safe",
     "seconds_text",
+    "shortened",
     "size_text",
     "table",
     "write_table",
 ]
 
+_GAP = 2  # columns between two of a table
+_SHORTEST = 10  # characters of a name that still say something
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
@@ -115,23 +118,57 @@ def write_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table (`table`) to stdout, with no spaces at the ends of its lines."""
     out = console()
     with out.capture() as text:
-        out.print(table(heads, rows))
+        out.print(table(heads, rows, out.width))
     write("".join(f"{line.rstrip()}\n" for line in text.get().splitlines()))
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """A plain table. A column whose heading ends in '>' is aligned to the right."""
-    from rich.table import Table
+def table(heads: Sequence[str], rows: Iterable[Sequence[object]], width: int) -> Table | Text:
+    """A plain table. A column whose heading ends in '>' is aligned to the right.
 
-    out = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    Where it is wider than `width` columns, names are shortened in the middle: it is their end
+    that tells them apart. Where that does not do, each row becomes two lines or more.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    words = [head.rstrip(">") for head in heads]
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(words, *cells, strict=True)]
+    name = max(
+        (at for at, head in enumerate(heads) if not head.endswith(">")),
+        key=lambda at: widths[at],
+        default=0,
+    )
+    room = width - sum(widths) - _GAP * (len(heads) - 1) + widths[name]
+    if room < min(widths[name], _SHORTEST):
+        return Text("\n".join(_two_lines(words, row, widths[:name], width) for row in cells))
+    out = Table(box=None, pad_edge=False, header_style="bold", padding=(0, _GAP, 0, 0))
     for head in heads:
         right = head.endswith(">")
-        out.add_column(
-            head.rstrip(">"),
-            justify="right" if right else "left",
-            no_wrap=right,
-            overflow="fold",
-        )
-    for row in rows:
+        out.add_column(head.rstrip(">"), justify="right" if right else "left", no_wrap=True)
+    for row in cells:
+        row[name] = shortened(row[name], room)
         out.add_row(*(safe(cell) for cell in row))
     return out
+
+
+def shortened(name: str, room: int) -> str:
+    """`name` in at most `room` characters, the middle left out and the end kept."""
+    if len(name) <= room:
+        return name
+    begin = max(1, (room - 8) // 2)
+    return f"{name[:begin]}…{name[begin + 1 - room :]}"
+
+
+def _two_lines(words: Sequence[str], row: Sequence[str], widths: list[int], width: int) -> str:
+    """A row of a table that is too wide: up to its name, and below that the rest, with words."""
+    name = len(widths)
+    lead = "".join(f"{cell:<{each + _GAP}}" for cell, each in zip(row, widths, strict=False))
+    told = list(zip(words, row, strict=True))[name + 1 :]
+    # A number and its unit stay together.
+    rest = ", ".join(f"{word} {cell}".replace(" ", "\0") for word, cell in told)
+    indent = " " * 4
+    lines = textwrap.wrap(rest, max(width - len(indent), 20), break_on_hyphens=False)
+    lines = [line.replace("\0", " ") for line in lines]
+    first = lead + shortened(row[name], max(width - len(lead), _SHORTEST))
+    return "\n".join([first.rstrip(), *(indent + line for line in lines)])

@@ -26,7 +26,7 @@ def tree(
     ],
     common: Common,
 ) -> None:
-    """Show all images of some directories as a tree: overlays below what they back on."""
+    """Show all images of directories: who backs on whom."""
     from qchain.chain.tree import read_tree, unfinished_below
     from qchain.forensics.staleness import tree_staleness
 

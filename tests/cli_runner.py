@@ -92,6 +92,8 @@ def on_terminal(*arguments: str | Path, columns: int = 80) -> Result:
             text=True,
             timeout=60,
             check=False,
+            # readline, which pytest loads, sets COLUMNS behind Python's back.
+            env=dict(os.environ),
         )
     finally:
         os.close(theirs)

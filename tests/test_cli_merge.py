@@ -8,13 +8,17 @@ import pty
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_runner import COMMAND, command, on_terminal, run
 from merging import Disk, build
 from qchain_cli.tables import size_text
+from stopping import stopped
 
 from fixtures.oracle import raw_of
+from qchain.plan.options import MergeOptions
+from qchain.plan.steps import Compare
 
 LAYERS = ["512k:A 512k:-", "64k:- 256k:B 704k:-", "[cluster=4k] 4k:C 1020k:-", "128k:D 896k:-"]
 CANDIDATE = {
@@ -196,24 +200,10 @@ def test_on_a_terminal_each_refusal_is_shown_once(tmp_path: Path) -> None:
     assert "[y/N]" not in seen
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--flatten", "--verify", "manifest"),
-    ],
-)
-def test_what_comes_later_is_refused_by_name(disk: Disk, arguments: tuple[str, ...]) -> None:
-    for name, extra in (("plan", ()), ("merge", ("--yes",))):
-        line = run(name, *extra, disk.active, *arguments).fails(3)
-        assert "version" in line and arguments[-1] in line
-    untouched(disk)
-
-
 @pytest.mark.parametrize("name", ["plan", "merge", "commit", "pull"])
-def test_the_help_promises_nothing_that_comes_later(name: str) -> None:
+def test_the_help_names_the_choices(name: str) -> None:
     words = run(name, "--help").out
-    assert "--engine" in words and "qemu-img" in words and "moved, full or none" in words
-    assert "manifest" not in words
+    assert "--engine" in words and "qemu-img" in words and "moved, full, manifest or none" in words
 
 
 def test_a_mistake_is_told_before_the_question(disk: Disk) -> None:
@@ -282,6 +272,25 @@ def test_progress_as_events(disk: Disk) -> None:
     for event in events:
         assert event.keys() == {"event", "step", "done", "total"}
         assert event["event"] == "progress"
+    one_whole([event for event in events if event["step"] != "planning"])
+    assert {"commit", "verify"} <= {event["step"].split()[0] for event in events}
+
+
+def test_progress_of_a_copy_and_of_a_recovery(disk: Disk) -> None:
+    result = command("copy", "--progress", "json", disk.active, disk.active.with_name("new"))
+    one_whole([json.loads(line) for line in result.err.splitlines()])
+    drop = ["l1.qcow2", "l2.qcow2"]
+    stopped(disk, drop, MergeOptions(), lambda _, step: isinstance(step, Compare))
+    result = command("recover", "--progress", "json", disk.directory)
+    assert result.code == 0, result.err
+    one_whole([json.loads(line) for line in result.err.splitlines()])
+
+
+def one_whole(events: list[dict[str, Any]]) -> None:
+    """One total from the first event on; what is done grows, from nothing to the total."""
+    (total,) = {event["total"] for event in events}
+    done = [event["done"] for event in events]
+    assert total > 0 and done == sorted(done) and (done[0], done[-1]) == (0, total)
 
 
 def test_a_verification_that_was_not_wanted(disk: Disk) -> None:

@@ -44,6 +44,23 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.search(r"B/s|\?", text) and re.search(r"\d:\d\d:\d\d|-:--:--", text)
 
 
+def test_the_bar_of_a_whole_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of the same whole changes the words beside the bar, and nothing else."""
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "_PATIENCE", 0.0)
+    with progress.Reporter() as reporter:
+        reporter.step("commit", 800)
+        reporter.advance(200, 800)
+        bar = reporter._bar
+        reporter.step("verify", 800, 400)
+        assert reporter._bar is bar
+        reporter.step("another", 900)
+        assert reporter._bar is None
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    assert re.search(r"commit .* 25 %", text) and re.search(r"verify .* 50 %", text)
+
+
 def test_no_bar_for_short_work_or_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown(monkeypatch, Terminal(), 60.0) == ""
     assert shown(monkeypatch, io.StringIO(), 0.0) == ""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 from cli_runner import command, on_terminal
+from qchain_cli.tables import shortened
 
 from fixtures.build import build_chain
 from fixtures.oracle import qemu_img, qemu_info
@@ -70,7 +72,37 @@ def test_names_are_whole_in_a_pipe_and_lines_fit_a_terminal(tmp_path: Path, whic
     assert shown.code == code
     assert max(map(len, shown.out.splitlines())) <= 80, shown.out
     assert max(map(len, on_terminal(*words, columns=120).out.splitlines())) <= 120
-    assert "…" not in shown.out  # broken, not cut
+    if which not in TABLES:
+        assert "…" not in shown.out  # broken, not cut
+    else:
+        narrow = on_terminal(*words, columns=50).out.splitlines()
+        assert max(map(len, narrow)) <= 50, narrow
+
+
+TABLES = ("chain", "plan", "verify", "leaks")
+"""Names are whole above the table of a plan."""
+
+
+def test_the_ends_of_names_are_kept(tmp_path: Path) -> None:
+    """They tell the images apart; the figures are all there, however narrow the terminal is."""
+    active = evidence(tmp_path)
+    for columns in (80, 50):
+        text = on_terminal("chain", active, columns=columns).out
+        lines = text.splitlines()
+        for number in range(3):
+            assert any(f"{number}.qcow2" in line and "…" in line for line in lines), text
+        assert "64.0 KiB" in text and ("shadowed 64.0 KiB" in text) == (columns == 50)
+    text = " ".join(on_terminal("plan", "--drop", NAMES[1], active, columns=50).out.split())
+    for head in ("reads", "writes", "grows", "frees", "time", "at risk nothing"):
+        assert head in text
+    assert re.search(r"\* +(pull|commit) +the disk o\S* ?.*…\S*.* [12]\.qcow2 reads", text), text
+
+
+@pytest.mark.parametrize("room", range(3, 90))
+def test_a_shortened_name_fits(room: int) -> None:
+    found = shortened(NAMES[0], room)
+    assert len(found) == min(room, len(NAMES[0])) and found[-1] == NAMES[0][-1]
+    assert room < 10 or found.endswith("0.qcow2")
 
 
 HOSTILE = (

@@ -277,6 +277,9 @@ def test_a_new_refcount_table(bits: int, pieces: str) -> None:
     (pull, commit) = cases(specs, 0, 1)
     assert_predicted(commit, repeats=False)
     assert commit.growth.clusters - commit.growth.clusters_least <= commit.added // 20
+    # With 16 requests in flight it is anybody's guess, and that is said.
+    if commit.growth.clusters_least < commit.growth.clusters:
+        assert not commit.growth.exact
     assert_predicted(pull, repeats=False)
     assert pull.growth.exact
 
@@ -350,6 +353,6 @@ def test_measure_tells_a_quarter(name: str, tmp_path: Path) -> None:
     assert after.end == growth.end == base.stat().st_size == length + growth.file
     assert 3.5 * measured < after.end < 4.5 * measured
     text = (Path(__file__).parent.parent / "docs" / "planning.md").read_text()
-    row = f"| {measured:,} | {growth.end:,} | {after.end:,} |"
+    row = f"| {length:,} | {measured:,} | {growth.end:,} | {after.end:,} |"
     assert row in text
     assert f"{growth.clusters} " in text

@@ -185,7 +185,7 @@ def test_killed_within_the_pull(tmp_path: Path, attached: list[str], moment: int
     program = tmp_path / "qemu-img"
     program.write_text(
         '#!/bin/sh\ncase "$*" in *writethrough*) ;; *) exec qemu-img "$@" ;; esac\n'
-        "exec strace -qq -f -o /dev/null -e trace=none -e inject=pwrite64,fdatasync:signal=KILL:"
+        "exec strace -qq -f -o /dev/null -e inject=pwrite64,fdatasync:signal=KILL:"
         f'when={moment} qemu-img "$@"\n'
     )
     program.chmod(0o755)

@@ -8,10 +8,14 @@ before, says the real qemu-img. Then the real one finishes: by merging again, or
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +26,7 @@ from merging import Disk, build, format_of
 
 from fixtures.build import build_layer
 from fixtures.language import parse_layer
-from fixtures.oracle import raw_of
+from fixtures.oracle import qemu_check, raw_of
 from qchain.chain.chain import open_chain
 from qchain.chain.gate import Gate
 from qchain.errors import ExitCode, FailedMidway
@@ -339,6 +343,8 @@ def test_the_disk_becomes_full(tmp_path: Path, merge: Merge, moment: int) -> Non
             except FailedMidway as error:
                 failed = True
                 assert "intact" in str(error)
+                # How much is wanted, too.
+                assert re.search(r"up to \d+ bytes (more )?are (still )?needed", str(error))
         if failed:
             intact(disk, merge)
             (mount / "filler").unlink()
@@ -346,6 +352,69 @@ def test_the_disk_becomes_full(tmp_path: Path, merge: Merge, moment: int) -> Non
         else:
             (mount / "filler").unlink(missing_ok=True)
             disk.expect(disk.after(plan))
+
+
+SLOW = '#!/bin/sh\ncase $1 in commit) sleep 3 ;; esac\nexec qemu-img "$@"\n'
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs root and loop devices")
+def test_room_is_watched_while_qemu_img_works(tmp_path: Path) -> None:
+    """Another writer takes it: the merge stops before the last byte is gone."""
+    program = tmp_path / "qemu-img"
+    program.write_text(SLOW)
+    program.chmod(0o755)
+    with small_filesystem(tmp_path) as mount:
+        disk = build(mount / "images", ["4M:A", "64k:B", "64k:- 2M:C"], ("base", "a", "top"))
+        filler = mount / "filler"
+        begun = 0.0
+
+        def before_step(step: Step) -> None:
+            nonlocal begun
+            if isinstance(step, Command) and step.commits:
+                begun = time.monotonic()
+                threading.Timer(0.7, take).start()
+
+        def take() -> None:
+            room = os.statvfs(mount)
+            with filler.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_frsize - (3 << 19))
+
+        options = MergeOptions(strategy="commit")
+        with pytest.raises(FailedMidway, match=r"up to \d+ bytes are still needed") as caught:
+            disk.merge(["a.qcow2"], options, before_step=before_step, qemu=QemuImg(program))
+        assert time.monotonic() - begun < 2.5, "only qemu-img's end was seen"
+        assert os.statvfs(mount).f_bavail * os.statvfs(mount).f_frsize > 1 << 20
+        assert str(caught.value.what) == str(disk.directory)
+        disk.expect({"top.qcow2": "top.qcow2", "base.qcow2": "base.qcow2"}, complete=False)
+        filler.unlink()
+        disk.merge(["a.qcow2"], options)
+        disk.expect({"top.qcow2": "top.qcow2", "base.qcow2": "base.qcow2"})
+
+
+@pytest.mark.parametrize("name", ["EIO", "EDQUOT", "EROFS", "ENOSPC"])
+@pytest.mark.parametrize("merge", [PULL, COMMIT, BOTH], ids=str)
+def test_the_disk_says_no(tmp_path: Path, merge: Merge, name: str) -> None:
+    """A quota, a broken disk, a read-only remount: as seen by qemu-img, from its nth write on."""
+    disk = build(tmp_path / "images", merge.lines, NAMES)
+    program = tmp_path / "qemu-img"
+    for when in (1, 2):
+        program.write_text(
+            "#!/bin/sh\nexec strace -qq -f -o /dev/null -e inject=pwrite64,pwritev,"
+            f'fallocate,fdatasync:error={name}:when={when}+ qemu-img "$@"\n'
+        )
+        program.chmod(0o755)
+        with pytest.raises(FailedMidway) as caught:
+            disk.merge(dropped(merge), options_of(merge), qemu=QemuImg(program))
+        assert os.strerror(getattr(errno, name)) in str(caught.value)
+        intact(disk, merge)
+        recover(journals_at(disk.directory))
+    if any(path.name == "a.qcow2" for path in disk.directory.iterdir()):
+        disk.merge(dropped(merge), options_of(merge))
+    assert sorted(path.name for path in disk.directory.iterdir()) == ["base.qcow2", "top.qcow2"]
+    for path in disk.directory.iterdir():
+        assert raw_of(path) == disk.points[path.name]
+        # What qemu-img had allocated when it failed may stay allocated: no harm but space.
+        assert qemu_check(path)["corruptions"] == 0
 
 
 def test_a_backing_name_that_no_header_holds(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ EXAMPLES = int(os.environ.get("QCHAIN_NATIVE", "40"))
     picks=st.lists(st.booleans(), min_size=5, max_size=5),
     strategy=st.sampled_from(["auto", "pull", "commit", "both"]),
     names=st.sampled_from(["kept", "lowest", "target"]),
-    verify=st.sampled_from(["moved", "full"]),
+    verify=st.sampled_from(["moved", "full", "manifest"]),
 )
 def test_every_kept_point_reads_the_same(
     layers: list[LayerSpec], picks: list[bool], strategy: str, names: str, verify: str

@@ -33,7 +33,9 @@ def _stopped(disk: Disk, strategy: str, flatten: bool, number: int) -> bool:
     drop = tuple(path.name for path in disk.paths[1:-1])
     request = Request(flatten=True) if flatten else Request(drop=drop)
     with open_chain(disk.active) as chain:
-        plan = make_plan(chain, request, MergeOptions(strategy=strategy, engine="native"))
+        verify = "manifest" if number % 3 == 0 else "moved"
+        options = MergeOptions(strategy=strategy, engine="native", verify=verify)
+        plan = make_plan(chain, request, options)
         assert not plan.refusals, plan.refusals
         return killed(plan, chain, lambda seen, _: seen == number)
 

@@ -39,6 +39,9 @@ def unique(layers: list[LayerSpec]) -> list[LayerSpec]:
     for number, (spec, size) in enumerate(zip(layers, resolve_sizes(layers), strict=True)):
         letter = chr(ord("A") + number)
         unit = 4096 if spec.format == "raw" else spec.cluster_size
+        # Among subclusters zeroes over a compressed cluster become data.
+        packs = spec.extended_l2 and any(run.compressed for one in spec.passes for run in one)
+        zeroes = spec.version == 3 and not packs
         fine = unit // 32 if spec.extended_l2 else unit
         passes = []
         for one in spec.passes:
@@ -51,7 +54,7 @@ def unique(layers: list[LayerSpec]) -> list[LayerSpec]:
                 length = min(-(-run.length // each) * each, size - offset)
                 if length > 0:
                     kind = letter.lower() if packed else letter
-                    if run.kind == "-" or (run.kind in "0+~" and spec.version == 3):
+                    if run.kind == "-" or (run.kind in "0+~" and zeroes):
                         kind = run.kind
                     runs.append(Run(length, kind))
                     offset += length

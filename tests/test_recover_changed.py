@@ -8,7 +8,7 @@ import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from stopping import LINES, deleting, renaming, stopped, the_journal
 from fixtures.oracle import qemu_check, qemu_img, qemu_io, raw_of
 from qchain.errors import FailedMidway, Refused
 from qchain.plan.options import MergeOptions
-from qchain.plan.steps import Step
+from qchain.plan.steps import Compare, Step
 from qchain.run.recover import journals_at, recover
 
 BOTH = ("base.qcow2", "l1.qcow2")
@@ -256,6 +256,10 @@ def test_an_image_has_become_a_link(disk: Disk, tmp_path: Path) -> None:
         recover(journals_at(disk.directory))
 
 
+def comparing(_number: int, step: Step) -> bool:
+    return isinstance(step, Compare)
+
+
 def test_a_copy_of_the_directory(disk: Disk, tmp_path: Path) -> None:
     """Its journal is about the originals: from there it must not reach them."""
     stopped(disk, BOTH, MergeOptions(strategy="commit"), deleting)
@@ -265,6 +269,53 @@ def test_a_copy_of_the_directory(disk: Disk, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="a copy, or moved"):
         recover(journals_at(copy))
     assert (contents(disk.directory), contents(copy)) == before
+
+
+@pytest.mark.parametrize("how", ["images", "directory"])
+@pytest.mark.parametrize(("strategy", "when"), [("commit", renaming), ("pull", comparing)])
+def test_all_was_restored_from_a_backup(
+    disk: Disk, tmp_path: Path, how: str, strategy: str, when: Callable[[int, Step], bool]
+) -> None:
+    """What to do is said, and done so the chain is as it was; until then nothing is changed."""
+    backup = tmp_path / "backup"
+    subprocess.run(["cp", "-a", disk.directory, backup], check=True)
+    stopped(disk, ("l1.qcow2",), MergeOptions(strategy=strategy), when)
+    gone = tmp_path / "gone"
+    if how == "images":
+        gone.mkdir()
+        for path in disk.paths:
+            path.rename(gone / path.name)
+            subprocess.run(["cp", backup / path.name, path], check=True)
+    else:
+        disk.directory.rename(gone)
+        subprocess.run(["cp", "-a", backup, disk.directory], check=True)
+        journals = [path for path in gone.glob(".qchain-*") if path.is_file()]
+        subprocess.run(["cp", "-a", *journals, disk.directory], check=True)
+    before = contents(disk.directory)
+    for back in (False, True):
+        with pytest.raises(Refused, match="restored") as caught:
+            recover(journals_at(disk.directory), back=back, give_up_dropped=back)
+        assert f"'qchain chain {disk.active}'" in str(caught.value)
+        assert "delete this journal" in str(caught.value)
+    assert contents(disk.directory) == before
+    (journal,) = disk.directory.glob(".qchain-*.journal")
+    journal.unlink()
+    disk.expect({path.name: path.name for path in disk.paths}, complete=False)
+    assert recover(journals_at(disk.directory)) == []
+    plan, _ = disk.merge(("l1.qcow2",))
+    disk.expect(disk.after(plan), complete=False)
+
+
+def test_the_directory_was_moved(disk: Disk, tmp_path: Path) -> None:
+    stopped(disk, BOTH, MergeOptions(strategy="commit"), deleting)
+    away = tmp_path / "away"
+    disk.directory.rename(away)
+    todo = f"moved since; put the directory itself back as {disk.directory}"
+    with pytest.raises(Refused, match=todo):
+        recover(journals_at(away))
+    away.rename(disk.directory)
+    recover(journals_at(disk.directory))
+    disk.expect({"l2.qcow2": "l2.qcow2"})
 
 
 # --- overlays that came later ----------------------------------------------------------

@@ -13,12 +13,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from qchain.chain.layer import Qcow2Layer
 from qchain.plan.clusters import ClusterCount
 from qchain.qcow2.refcounts import read_refcount_table, refcount_blocks
 
 __all__ = ["FileState", "Room", "room_of"]
+
+I64 = npt.NDArray[np.int64]
+
+NONE = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +51,23 @@ class Room:
     freed: int = 0
 
 
-def room_of(layer: Qcow2Layer, request: int, count: ClusterCount) -> Room:
+def room_of(layer: Qcow2Layer, request: int, count: ClusterCount, gone: I64 = NONE) -> Room:
     """Read it from the refcounts. Raises `ImageError` when they cannot be read.
 
     Args:
         request: the most clusters that are asked for at once.
         count: what it drops of compressed clusters is looked up.
+        gone: the numbers of clusters that are not used any more when it begins, ascending.
     """
     header = layer.header
     assert header is not None
     hosts, drops = count.packed
     end = used = largest = fitting = freed = 0
     for first, counts in refcount_blocks(layer.file, header):
+        low, high = np.searchsorted(gone, (first, first + len(counts))).tolist()
+        if low < high:
+            counts = counts.copy()
+            counts[gone[low:high] - first] = 0
         taken = int(np.count_nonzero(counts))
         if not taken:
             continue

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from qchain.chain.chain_tree import ChainTree
 from qchain.chain.layer import Layer, Qcow2Layer
 from qchain.hostfile import mount_id
+from qchain.plan.bitmaproom import BitmapCount
 from qchain.plan.bitmaps import bitmap_obstacle
 from qchain.plan.clusters import ClusterCount
 from qchain.plan.copying import new_file_bytes
@@ -194,16 +195,17 @@ def figures_of(
     model: TimeModel = DEFAULT,
     progress: Callable[[int, int], None] | None = None,
     *,
-    exact: bool = False,
+    options: MergeOptions | None = None,
     behaviour: Behaviour = DEFAULT_BEHAVIOUR,
-    engines: Sequence[str] = ("qemu-img",),
 ) -> list[Candidate]:
     """What every target of the group would cost, the kept image first, possible or not.
 
-    First by qemu-img; then by the native engine, if it is among `engines`, the new file last.
+    First by qemu-img; then by the native engine, if it is among the engines, the new file last.
 
-    Raises: `ImageError` when the contents cannot be read (`exact`).
+    Raises: `ImageError` when the contents cannot be read (`options.exact`).
     """
+    options = options or MergeOptions()
+    exact = options.exact
     members = [layers[index] for index in group.members]
     under = [layers[index] for index in group.under]
     below = [*(layers[index].size for index in group.line[1:]), 0]
@@ -220,13 +222,14 @@ def figures_of(
         exact=exact,
         behaviour=behaviour,
     )
-    out = [
-        _figures(
-            layers, group, position, traffic, growth_of(members[position], count), model, exact
-        )
-        for position, (traffic, count) in enumerate(zip(counted, clusters, strict=True))
-    ]
-    return out + _native_figures(layers, group, out, model) if "native" in engines else out
+    bitmaps = BitmapCount(layers, group, options)
+    out = []
+    for position, (traffic, count) in enumerate(zip(counted, clusters, strict=True)):
+        grown = growth_of(members[position], count, bitmaps.room(group.members[position]))
+        out.append(_figures(layers, group, position, traffic, grown, model, exact))
+    if "native" in options.engines:
+        out += _native_figures(layers, group, out, model)
+    return out
 
 
 def _native_figures(

@@ -19,6 +19,7 @@ from qchain.plan.selection import Group
 from qchain.plan.space import Change, append_changes, changes_of, copy_changes, peaks
 from qchain.plan.steps import Step
 from qchain.plan.versions import Behaviour
+from qchain.verify.manifest import manifest_bytes
 
 __all__ = ["GroupPlan", "choices", "impossible", "space_of"]
 
@@ -49,15 +50,7 @@ def choices(
         bare: as `groups_of` gives them.
     """
     figures = [
-        figures_of(
-            tree.layers,
-            group,
-            model,
-            progress,
-            exact=options.exact,
-            behaviour=behaviour,
-            engines=options.engines,
-        )
+        figures_of(tree.layers, group, model, progress, options=options, behaviour=behaviour)
         for group in bare
     ]
 
@@ -86,11 +79,18 @@ def space_of(layers: Sequence[Layer], plan: GroupPlan, options: MergeOptions) ->
     if chosen is None:
         return []
     if chosen.target is None:
-        return copy_changes(layers, group, chosen.target_growth_bytes, options.keep_files)
-    assert chosen.growth is not None
-    if chosen.engine == "native":
-        return append_changes(layers, group, chosen.target, chosen.growth, options.keep_files)
-    return changes_of(layers, group, chosen.target, chosen.growth, options.keep_files)
+        changes = copy_changes(layers, group, chosen.target_growth_bytes, options.keep_files)
+    elif chosen.growth is not None and chosen.engine == "native":
+        changes = append_changes(layers, group, chosen.target, chosen.growth, options.keep_files)
+    else:
+        assert chosen.growth is not None
+        changes = changes_of(layers, group, chosen.target, chosen.growth, options.keep_files)
+    if options.verify == "manifest":
+        digests = manifest_bytes(layers[group.kept].size)
+        changes = [replace(changes[0], amount=digests), *changes]
+        if not options.keep_files:
+            changes.append(replace(changes[0], amount=-digests))
+    return changes
 
 
 def _jobs(

@@ -15,12 +15,14 @@ from pathlib import Path
 from qchain.qcow2.header import Header
 
 __all__ = [
+    "EMPTY_CLUSTER",
     "bitmap_merge_argv",
     "bitmap_remove_argv",
     "commit_argv",
     "convert_argv",
     "create_empty_argv",
     "creation_options",
+    "empty_image_bytes",
     "image_opts",
     "rebase_plain_argv",
     "rebase_safe_argv",
@@ -30,6 +32,10 @@ __all__ = [
     "safe_name",
     "unlocked_argv",
 ]
+
+
+EMPTY_CLUSTER = 65536
+"""Bytes of a cluster of what `create_empty_argv` makes."""
 
 
 def safe_name(name: str | Path) -> str:
@@ -162,6 +168,13 @@ def creation_options(header: Header | None) -> str:
         options["extended_l2"] = "on" if header.extended_l2 else "off"
         options["compression_type"] = header.compression
     return image_opts(options)
+
+
+def empty_image_bytes(size: int) -> int:
+    """What `create_empty_argv` makes: header, refcount table and block, L1 table of 8 bytes for
+    each 512 MiB."""
+    l1 = -(-size // (EMPTY_CLUSTER * EMPTY_CLUSTER // 8)) * 8
+    return EMPTY_CLUSTER * (3 + -(-max(l1, 1) // EMPTY_CLUSTER))
 
 
 def create_empty_argv(

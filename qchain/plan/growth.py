@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from qchain.chain.layer import Layer, Qcow2Layer
 from qchain.plan.allocator import FileState, Room, room_of
+from qchain.plan.bitmaproom import NO_BITMAPS, BitmapRoom
 from qchain.plan.clusters import BLOCK, ClusterCount
 from qchain.plan.shrink import Shrunk, shrunk
 
@@ -38,6 +39,7 @@ class Growth:
         file: bytes by which the file grows at most, at any moment (raw: what its holes take).
         written: bytes of the clusters that are written.
         rescued: bytes of the compressed clusters that are copied out beforehand.
+        work: bytes of the work files that bitmaps need.
     """
 
     clusters: int
@@ -47,6 +49,7 @@ class Growth:
     file: int
     written: int = 0
     rescued: int = 0
+    work: int = 0
 
     @property
     def exact(self) -> bool:
@@ -54,8 +57,10 @@ class Growth:
         return self.clusters == self.clusters_least and self.end == self.end_least
 
 
-def growth_of(layer: Layer, count: ClusterCount) -> Growth:
+def growth_of(layer: Layer, count: ClusterCount, bitmaps: BitmapRoom = NO_BITMAPS) -> Growth:
     """What a merge adds to the file of `layer`, in which it does what `count` has counted.
+
+    `bitmaps`: what becomes of those in the file.
 
     Raises: `ImageError` when the refcounts cannot be read.
     """
@@ -65,14 +70,14 @@ def growth_of(layer: Layer, count: ClusterCount) -> Growth:
     assert header is not None
     count.add_end()
     cluster = header.cluster_size
-    if not _writes(layer, count):
+    if not _writes(layer, count) and not bitmaps.any:
         end = -(-layer.file.size // cluster) * cluster
         return Growth(0, 0, end, end, 0, count.written * cluster)
     most_at_once = _PULL_REQUEST if count.pulled else _COMMIT_REQUEST
     # Not aligned, it touches one cluster more.
     request = max(1, min(count.longest, most_at_once // cluster + 1))
-    room = room_of(layer, request, count)
-    shrinks = shrunk(layer, count) if count.new_size < layer.size else None
+    room = room_of(layer, request, count, bitmaps.gone)
+    shrinks = shrunk(layer, count, bitmaps.gone) if count.new_size < layer.size else None
     states = [_grown(layer, count, room, reuse, request) for reuse in (True, False)]
     peak = max(state.end for state in states)
     if shrinks is not None:
@@ -87,17 +92,32 @@ def growth_of(layer: Layer, count: ClusterCount) -> Growth:
     for state in states:
         state.take(count.pulled, request)
     least, most = states
+    if bitmaps.any:
+        before = room.end + len(bitmaps.gone)
+        _place(least, bitmaps.final_least, bitmaps.final_least, bitmaps.replaced)
+        _place(most, 2 * (bitmaps.final + bitmaps.filled), bitmaps.final, bitmaps.replaced)
+        # Those that go are stored anew while others of them go: blocks may come for them.
+        most.used += max(0, -(-(before + len(bitmaps.gone)) // most.per_block) - room.blocks)
+        peak = max(peak, before + len(bitmaps.gone))
     peak = max(peak, most.end)
+    used = room.used + len(bitmaps.gone)
     return Growth(
-        most.used - room.used,
-        least.used - room.used,
+        most.used - used,
+        least.used - used,
         most.end * cluster,
         least.end * cluster,
         max(0, peak * cluster - layer.file.size),
         (count.written + count.tables) * cluster,
         # With their numbers before them (`qchain.verify.frozen.rescue`).
         (count.unpacked + -(-(count.unpacked + 1) * 8 // cluster)) * cluster * (count.unpacked > 0),
+        bitmaps.work,
     )
+
+
+def _place(state: FileState, taken: int, final: int, replaced: int) -> None:
+    """Bitmaps come: `taken` clusters at once at most, of which `final` stay; old ones go."""
+    state.take(taken, 1)
+    state.used -= taken - final + replaced
 
 
 def _writes(layer: Qcow2Layer, count: ClusterCount) -> bool:

@@ -7,11 +7,21 @@ from pathlib import Path
 
 from qchain.chain.layer import Layer
 
-__all__ = ["SAVED_SUFFIX", "absolute_name", "backing_name", "relative_name", "saved_name"]
+__all__ = [
+    "MANIFEST_SUFFIX",
+    "SAVED_SUFFIX",
+    "absolute_name",
+    "backing_name",
+    "relative_name",
+    "saved_name",
+]
 
 SAVED_SUFFIX = ".qchain-old"
 """What --keep-files appends to the name of a file that another one replaces; where that
 name is taken, a number follows."""
+
+MANIFEST_SUFFIX = ".qchain-manifest"
+"""The same for the manifest of a merge with --verify manifest, beside the result."""
 
 
 def absolute_name(path: Path) -> Path:
@@ -19,11 +29,11 @@ def absolute_name(path: Path) -> Path:
     return Path(os.path.normpath(path.absolute())) if ".." not in path.parts else path.absolute()
 
 
-def saved_name(path: Path) -> Path:
+def saved_name(path: Path, ending: str = SAVED_SUFFIX) -> Path:
     """Where --keep-files saves the file that loses the name `path`: a name that is free."""
     number = 1
     while True:
-        suffix = SAVED_SUFFIX if number == 1 else f"{SAVED_SUFFIX}.{number}"
+        suffix = ending if number == 1 else f"{ending}.{number}"
         saved = path.with_name(path.name + suffix)
         if not os.path.lexists(saved):
             return saved

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qchain.errors import Refused, UsageError
+from qchain.errors import UsageError
 
-__all__ = ["AUTO_ENGINES", "MergeOptions"]
+__all__ = [
+    "AUTO_ENGINES",
+    "BITMAPS",
+    "ENGINES",
+    "NAMES",
+    "PREFER",
+    "STRATEGIES",
+    "VERIFY",
+    "MergeOptions",
+    "one_of",
+]
 
+# What there is. Help and messages name these values, from here.
 STRATEGIES = ("auto", "pull", "commit", "both", "copy")
 ENGINES = ("auto", "qemu-img", "native")
 NAMES = ("kept", "lowest", "target")
@@ -19,11 +31,16 @@ AUTO_ENGINES = ("qemu-img",)
 BITMAPS = ("refuse", "carry", "drop")
 
 
+def one_of(values: Sequence[str]) -> str:
+    """'a, b or c'."""
+    return " or ".join([", ".join(values[:-1]), values[-1]])
+
+
 @dataclass(frozen=True, slots=True)
 class MergeOptions:
     """The options of plan and merge, checked on creation.
 
-    Raises: `UsageError` for an unknown value, `Refused` for what this version lacks.
+    Raises: `UsageError` for an unknown value.
     """
 
     strategy: str = "auto"
@@ -52,8 +69,5 @@ class MergeOptions:
             ("--bitmaps", self.bitmaps, BITMAPS),
         ):
             if value not in known:
-                raise UsageError(
-                    option, f"{value!r} is not possible", f"one of: {', '.join(known)}"
-                )
-        if self.verify == "manifest":
-            raise Refused("--verify manifest", "not in this version yet", "leave it out")
+                choices = f"one of: {', '.join(known)}"
+                raise UsageError(option, f"{value!r} is not possible", choices)

@@ -23,6 +23,7 @@ from qchain.plan.refusals import (
     above_refusals,
     file_refusals,
     overlay_refusals,
+    scanned,
     space_refusals,
     unfinished_refusals,
 )
@@ -60,6 +61,12 @@ class Plan:
     def steps(self) -> list[Step]:
         return [step for group in self.groups for step in group.steps]
 
+    @property
+    def scanned(self) -> list[str]:
+        """The absolute names of the directories in which overlays were looked for, each once."""
+        found = scanned(self.layers, [plan.group for plan in self.groups], self.options)
+        return list(dict.fromkeys(os.path.abspath(path) for path in found))
+
     def path(self, index: int | None) -> str | None:
         """The absolute name of a layer, as the chain knows it."""
         if index is None:
@@ -73,6 +80,7 @@ class Plan:
             "active": [self.path(index) for index in self.tree.actives],
             "groups": [self._group_json(group) for group in self.groups],
             "seconds_from": self.model.source,
+            "scanned": self.scanned,
             "steps": [as_json(step, program) for step in self.steps],
             "refusals": list(self.refusals),
         }
@@ -88,7 +96,7 @@ class Plan:
             "engine": None if chosen is None else chosen.engine,
             "target": None if chosen is None else self.path(chosen.target),
             "result": None if plan.result is None else str(plan.result),
-            "why": reason(self.layers, plan),
+            "why": reason(self.layers, plan, self.options.prefer),
             "bitmaps": plan.bitmaps.as_json(self.options.bitmaps),
             "candidates": [
                 {

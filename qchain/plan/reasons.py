@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qchain.chain.layer import Layer
-from qchain.plan.candidates import Candidate
+from qchain.plan.candidates import Candidate, rank
 from qchain.plan.choice import GroupPlan
 
 __all__ = ["reason"]
@@ -57,8 +57,11 @@ def _overlap(layers: Sequence[Layer], plan: GroupPlan) -> str:
     return f"{layers[most].path.name} holds {share} of what the {len(members)} images show"
 
 
-def reason(layers: Sequence[Layer], plan: GroupPlan) -> str:
-    """One sentence: why this candidate, with the numbers that decided."""
+def reason(layers: Sequence[Layer], plan: GroupPlan, prefer: str = "time") -> str:
+    """One sentence: why this candidate, with the numbers that decided.
+
+    `prefer`: which figure was to decide (`MergeOptions.prefer`).
+    """
     chosen = plan.chosen
     if chosen is None:
         return "no way is possible"
@@ -69,13 +72,29 @@ def reason(layers: Sequence[Layer], plan: GroupPlan) -> str:
     if not others:
         asked = any((c.reason or "").endswith("was asked for") for c in plan.candidates)
         return f"{lead}{moved}, and is the only way {'asked for' if asked else 'possible'}"
-    others.sort(key=lambda c: (c.seconds, c.write_bytes))
-    if chosen.write_bytes <= min(c.write_bytes for c in others):
-        told = [f"{_way(layers, c)} {_human(c.write_bytes)}" for c in others[:_NAMED]]
-        return f"{lead}{moved}, {', '.join(told)}"
+    others.sort(key=lambda c: rank(c, prefer))
+    size, verb, of = (
+        (_peak, "needs", " of extra space") if prefer == "space" else (_moved, "moves", "")
+    )
+    amount = f"{_human(size(chosen))}{of}"
+    equal = [c for c in others if size(c) == size(chosen)]
+    if not equal and size(chosen) < min(size(c) for c in others):
+        told = [f"{_way(layers, c)} {_human(size(c))}" for c in others[:_NAMED]]
+        return f"{lead}{_way(layers, chosen)} {verb} {amount}, {', '.join(told)}"
+    if prefer != "time":
+        # Among equals the time decides.
+        lead, others = f"{lead}no way {verb} less than {amount}; ", equal
     # Reading, commands and many small requests take time too.
     said = f"{_way(layers, chosen)} takes an estimated {chosen.seconds:.2g} s"
     told = [
         f"{_way(layers, c)} {c.seconds:.2g} s for {_human(c.write_bytes)}" for c in others[:_NAMED]
     ]
     return f"{lead}{said} for {_human(chosen.write_bytes)}, {', '.join(told)}"
+
+
+def _moved(candidate: Candidate) -> int:
+    return candidate.write_bytes
+
+
+def _peak(candidate: Candidate) -> int:
+    return candidate.peak_extra_bytes

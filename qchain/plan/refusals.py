@@ -18,6 +18,7 @@ __all__ = [
     "above_refusals",
     "file_refusals",
     "overlay_refusals",
+    "scanned",
     "space_refusals",
     "stranger_refusals",
     "unfinished_refusals",
@@ -135,9 +136,14 @@ def overlay_refusals(
         )
     }
     changed = {layers[index].file.id: layers[index].path for index in touched}
-    directories = {layers[index].path.parent for group in groups for index in group.members}
     own = {layer.file.id for layer in layers}
-    return stranger_refusals(changed, own, [*sorted(directories), *options.scan])
+    return stranger_refusals(changed, own, scanned(layers, groups, options))
+
+
+def scanned(layers: Sequence[Layer], groups: Sequence[Group], options: MergeOptions) -> list[Path]:
+    """The directories in which overlays are looked for, not what lies below them."""
+    own = {layers[index].path.parent for group in groups for index in group.members}
+    return [*sorted(own), *options.scan]
 
 
 def stranger_refusals(

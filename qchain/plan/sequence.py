@@ -24,7 +24,13 @@ from qchain.plan.commands import (
     rebase_writethrough_argv,
     resize_shrink_argv,
 )
-from qchain.plan.names import absolute_name, backing_name, relative_name, saved_name
+from qchain.plan.names import (
+    MANIFEST_SUFFIX,
+    absolute_name,
+    backing_name,
+    relative_name,
+    saved_name,
+)
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
 from qchain.plan.steps import (
@@ -43,10 +49,14 @@ from qchain.plan.steps import (
     SymbolicLink,
     Sync,
     TakeAttributes,
+    TakeManifest,
     Unlink,
 )
 
-__all__ = ["Above", "lead", "repoint", "sequence"]
+__all__ = ["MANIFEST", "Above", "keep_manifest", "lead", "repoint", "sequence"]
+
+MANIFEST = "manifest"
+"""The work file with the digests of the kept point (`qchain.verify.manifest`)."""
 
 
 @dataclass
@@ -82,8 +92,10 @@ class _Builder:
         )
         self.t_path, self.j_path = absolute_name(self.t.path), absolute_name(self.j.path)
         self.work = self.t_path.parent / f"{WORK_PREFIX}{self.token}"
+        self.manifest = self.work / MANIFEST
         self.alias = f"{WORK_PREFIX}{self.token}.b"
         self.pulls = self.t_index != self.group.members[-1] or bool(self.group.onto)
+        self.room = 0 if self.t.file.is_block_device else self.candidate.target_growth_bytes
         # Neither link nor alias beside a device; and in /dev both would not outlive power loss.
         self.direct = self.pulls and self.t.file.is_block_device
         # The kept image's bitmaps are to outlive a commit that is killed.
@@ -149,6 +161,7 @@ class _Builder:
                 label=label,
                 writes=(self.t_path, top),
                 commits=True,
+                room=self.room,
             ),
             Sync(self.t_path),
         )
@@ -166,7 +179,8 @@ class _Builder:
         argv = rebase_writethrough_argv(self.t_path, self.t.format, name, self.backing_format())
         label = f"pull into {self.t_path.name}"
         weight = self.candidate.traffic.pull_bytes
-        self.add(Command(tuple(argv), weight=weight, label=label, writes=(self.t_path,)))
+        writes = (self.t_path,)
+        self.add(Command(tuple(argv), weight=weight, label=label, writes=writes, room=self.room))
         self.add(Sync(self.t_path), Confirm(self.t_path, self.new_backing(), self.backing_format()))
 
     def pull(self) -> None:
@@ -224,7 +238,14 @@ class _Builder:
         label = f"pull into {self.t_path.name}"
         weight = self.candidate.traffic.pull_bytes
         self.add(
-            Command(tuple(argv), cwd=directory, weight=weight, label=label, writes=(self.t_path,))
+            Command(
+                tuple(argv),
+                cwd=directory,
+                weight=weight,
+                label=label,
+                writes=(self.t_path,),
+                room=self.room,
+            )
         )
         self.add(Sync(self.t_path))
 
@@ -252,9 +273,16 @@ class _Builder:
         moved = self.candidate.traffic.commit_bytes + self.candidate.traffic.pull_bytes
         if self.options.verify == "full":
             moved = self.j.size
+        elif self.options.verify == "manifest":
+            moved += self.j.size
         formats = (self.j.format, self.t.format)
+        manifest = self.manifest if self.options.verify == "manifest" else None
         pending = self.pending if self.native else None
-        self.add(Compare(self.j_path, new, below, *formats, moved, self.backing_format(), pending))
+        self.add(
+            Compare(
+                self.j_path, new, below, *formats, moved, self.backing_format(), manifest, pending
+            )
+        )
 
     def way(self, final: Path) -> str | None:
         """The backing name during the switch: absolute where the directory changes."""
@@ -352,19 +380,20 @@ def sequence(
     builder = _Builder(layers, group, candidate, options, token, above, fate)
     builder.add(MakeDirectory(builder.work))
     builder.add(*bitmapsteps.save(layers, fate, builder.work, builder.j.size))
+    if builder.t is not builder.j and not builder.native:
+        builder.add(*bitmapsteps.prune(builder.t_path, fate.removed))
+    if builder.t.format == "qcow2" and not builder.native:
+        builder.add(Freeze(builder.t_path, builder.work / "before"))
+    if options.verify == "manifest":
+        builder.add(TakeManifest(builder.j_path, builder.manifest, builder.j.size))
     if builder.native:
         builder.write()
-    else:
-        if builder.t is not builder.j:
-            builder.add(*bitmapsteps.prune(builder.t_path, fate.removed))
-        if builder.t.format == "qcow2":
-            builder.add(Freeze(builder.t_path, builder.work / "before"))
-        if builder.t is not builder.j:
-            builder.commit()
-        if builder.direct:
-            builder.pull_directly()
-        elif builder.pulls:
-            builder.pull()
+    elif builder.t is not builder.j:
+        builder.commit()
+    if builder.direct and not builder.native:
+        builder.pull_directly()
+    elif builder.pulls and not builder.native:
+        builder.pull()
     builder.verify()
     final = builder.switch()
     builder.delete(final)
@@ -372,12 +401,22 @@ def sequence(
         builder.add(Unlink(builder.pending))
     elif builder.t.format == "qcow2":
         builder.add(Unlink(builder.work / "before"), Unlink(builder.work / "rescued"))
+    if options.verify == "manifest":
+        builder.add(*keep_manifest(builder.manifest, final, options))
     if fate.carried:
         builder.add(Unlink(builder.work / bitmapsteps.BITMAPS))
     if builder.covered and not builder.native:
         builder.add(Unlink(builder.work / bitmapsteps.COVER))
     builder.add(RemoveDirectory(builder.work), Sync(builder.t_path.parent))
     return builder.steps, final
+
+
+def keep_manifest(manifest: Path, final: Path, options: MergeOptions) -> list[Step]:
+    """The manifest goes; with --keep-files it stays beside the result."""
+    kept: list[Step] = []
+    if options.keep_files:
+        kept = [HardLink(manifest, saved_name(final, MANIFEST_SUFFIX)), Sync(final.parent)]
+    return [*kept, Unlink(manifest)]
 
 
 def repoint(

@@ -16,7 +16,7 @@ from qchain.plan.copying import copy_argvs
 from qchain.plan.names import absolute_name, backing_name, saved_name
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
-from qchain.plan.sequence import Above, lead
+from qchain.plan.sequence import MANIFEST, Above, keep_manifest, lead
 from qchain.plan.steps import (
     Adopt,
     Command,
@@ -30,6 +30,7 @@ from qchain.plan.steps import (
     Step,
     Sync,
     TakeAttributes,
+    TakeManifest,
     Unlink,
 )
 
@@ -56,6 +57,9 @@ def copy_sequence(
     below = None if group.below is None else layers[group.below]
     below_path = None if below is None else absolute_name(below.path)
     steps: list[Step] = [MakeDirectory(work)]
+    manifest = work / MANIFEST if options.verify == "manifest" else None
+    if manifest is not None:
+        steps.append(TakeManifest(j_path, manifest, kept.size))
     lowest = layers[group.members[-1]]
     name = None if below is None else backing_name(lowest, below, final.parent)
     steps += _filled(layers, group, candidate, image, name)
@@ -63,9 +67,9 @@ def copy_sequence(
     steps += [Sync(image), Sync(work), Adopt(image)]
     steps.append(Confirm(image, below_path, below_format, final))
     if options.verify != "none":
-        weight = kept.size if options.verify == "full" else candidate.write_bytes
+        weight = candidate.write_bytes if options.verify == "moved" else kept.size
         formats = (kept.format, kept.format)
-        steps.append(Compare(j_path, image, below_path, *formats, weight, below_format))
+        steps.append(Compare(j_path, image, below_path, *formats, weight, below_format, manifest))
     if options.keep_files:
         # Before any name changes: that it cannot be made must stop nothing halfway.
         steps.append(HardLink(final, saved_name(final)))
@@ -82,6 +86,8 @@ def copy_sequence(
             steps.append(Unlink(path))
             directories.add(path.parent)
     steps += [Sync(directory) for directory in sorted(directories)]
+    if manifest is not None:
+        steps += keep_manifest(manifest, final, options)
     steps += [RemoveDirectory(work), Sync(final.parent)]
     return steps, final
 
@@ -103,6 +109,12 @@ def _filled(
     ]
     argvs = copy_argvs(kept, layers[group.line[1]], below, image, name)
     return [
-        Command(tuple(argv), weight=weight, label=label, writes=(image,))
+        Command(
+            tuple(argv),
+            weight=weight,
+            label=label,
+            writes=(image,),
+            room=candidate.peak_extra_bytes,
+        )
         for argv, (label, weight) in zip(argvs, told, strict=False)
     ]

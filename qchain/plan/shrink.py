@@ -46,15 +46,17 @@ class Shrunk:
     blocks: int
 
 
-def shrunk(layer: Qcow2Layer, count: ClusterCount) -> Shrunk:
+def shrunk(layer: Qcow2Layer, count: ClusterCount, before: I64) -> Shrunk:
     """What is left of the file once `count` is done and `layer` is cut to the new size.
+
+    `before`: the numbers of clusters that are not used any more when it begins.
 
     Raises: `ImageError` when the refcounts or the tables cannot be read.
     """
     header = layer.header
     assert header is not None
     bits = layer.cluster_bits
-    gone = [*count.let_go, *_beyond(layer, count)]
+    gone = [before, *count.let_go, *_beyond(layer, count)]
     per_block = header.cluster_size * 8 // header.refcount_bits
     table = read_refcount_table(layer.file, header).astype(np.int64) >> bits
     hosts, drops = count_equal(gone)
@@ -66,10 +68,10 @@ def shrunk(layer: Qcow2Layer, count: ClusterCount) -> Shrunk:
     ]
     if empty:
         hosts, drops = count_equal([*gone, table[empty]])
-    before = used = end = last = 0
+    all_used = used = end = last = 0
     for start, refcounts in refcount_blocks(layer.file, header):
         taken = int(np.count_nonzero(refcounts))
-        before += taken
+        all_used += taken
         last = start // per_block if taken else last
     for start, left in _left(layer, hosts, drops):
         places = np.flatnonzero(left)
@@ -78,7 +80,7 @@ def shrunk(layer: Qcow2Layer, count: ClusterCount) -> Shrunk:
     present = np.flatnonzero(table)
     staying = np.setdiff1d(present, empty)
     blocks = int(staying[-1]) + 1 if len(staying) else 0
-    return Shrunk(before - used, len(empty), last in empty, end, blocks)
+    return Shrunk(all_used - len(before) - used, len(empty), last in empty, end, blocks)
 
 
 def _left(layer: Qcow2Layer, hosts: I64, drops: I64) -> Iterator[tuple[int, I64]]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from qchain.chain.layer import Layer, Qcow2Layer
 from qchain.hostfile import HostFile
+from qchain.plan.commands import empty_image_bytes
 from qchain.plan.growth import Growth
 from qchain.plan.selection import Group
 
@@ -33,10 +34,6 @@ __all__ = [
     "peaks",
     "taken_by",
 ]
-
-_ALIAS_CLUSTER = 65536
-"""What `create_empty_argv` makes: header, refcount table and block, L1 table of 8 bytes for
-each 512 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +65,11 @@ def taken_by(layers: Sequence[Layer], group: Group, target: int, growth: Growth)
     Raises: `OSError` when the target's directory has gone.
     """
     layer = layers[target]
-    work = _frozen_bytes(layer) + growth.rescued
+    work = _frozen_bytes(layer) + growth.rescued + growth.work
     if target != group.members[-1]:
         # Two: beside the target, and in the work directory.
         below = group.line[group.members.index(target) + 1]
-        work += 2 * _alias_bytes(layers[below].size)
+        work += 2 * empty_image_bytes(layers[below].size)
     out = [Change(layer.path.parent.stat().st_dev, work)]
     if not layer.file.is_block_device:
         out.append(Change(layer.file.id.device, growth.file + _holes_filled(layer, growth)))
@@ -140,11 +137,6 @@ def _frozen_bytes(layer: Layer) -> int:
     cluster, l1 = layer.cluster_size, layer.tables.l1
     tables = int((l1 != 0).sum())
     return cluster * (1 + -(-max(len(l1) * 8, 1) // cluster) + tables)
-
-
-def _alias_bytes(size: int) -> int:
-    l1 = -(-size // (_ALIAS_CLUSTER * _ALIAS_CLUSTER // 8)) * 8
-    return _ALIAS_CLUSTER * (3 + -(-max(l1, 1) // _ALIAS_CLUSTER))
 
 
 def device_shortage(layer: Layer, growth: Growth) -> str | None:

@@ -32,6 +32,7 @@ __all__ = [
     "SymbolicLink",
     "Sync",
     "TakeAttributes",
+    "TakeManifest",
     "Unlink",
     "shell_line",
     "written_by",
@@ -53,6 +54,8 @@ class Command:
     """Images that qemu-img opens for writing: their locks are handed over to it."""
     commits: bool = False
     """A commit also needs "consistent read" of what lies between its top and its base."""
+    room: int = 0
+    """Bytes by which the image written to may grow, from the group's first command on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +112,22 @@ class Freeze:
 
 
 @dataclass(frozen=True, slots=True)
+class TakeManifest:
+    """Digests of all that the kept point `image` reads, into the new file `into`."""
+
+    image: Path
+    into: Path
+    weight: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Compare:
     """The kept point `old`, as it read before, against the new view of `new`.
 
     `below`: the chain that `new` is to be read over, whatever its header names, and
-    the format of its uppermost image. `pending`: where the header is kept that `new` is to
-    be read by, if that is not the one it has.
+    the format of its uppermost image. `manifest`: what the result is to be held against, too.
+    `pending`: where the header is kept that `new` is to be read by, if that is not the one it
+    has.
     """
 
     old: Path
@@ -124,6 +137,7 @@ class Compare:
     new_format: str = "qcow2"
     weight: int = 0
     below_format: str | None = None
+    manifest: Path | None = None
     pending: Path | None = None
 
 
@@ -226,6 +240,7 @@ Step = (
     | HardLink
     | SymbolicLink
     | TakeAttributes
+    | TakeManifest
     | Sync
     | Rename
     | Unlink
@@ -276,7 +291,7 @@ def arguments(step: Step, program: str = "qemu-img") -> list[str] | None:
             return ["mv", "-T", "--", str(old), str(new)]
         case Unlink(path):
             return ["rm", "-f", "--", str(path)]
-        case Freeze() | Confirm() | Adopt() | ConfirmBitmaps():
+        case Freeze() | TakeManifest() | Confirm() | Adopt() | ConfirmBitmaps():
             return None
         case NativeCopy() | NativeWrite() | NativeSwitch() | NativeFree():
             return None
@@ -332,6 +347,8 @@ def as_json(step: Step, program: str = "qemu-img") -> dict[str, object]:
             return {"adopt": str(image)}
         case ConfirmBitmaps(image, names, gone):
             return {"confirm_bitmaps": str(image), "names": list(names), "gone": list(gone)}
+        case TakeManifest(image, into):
+            return {"manifest": [str(image), str(into)]}
         case Freeze(image, into):
             return {"freeze": [str(image), str(into)]}
         case _:

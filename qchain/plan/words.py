@@ -25,10 +25,16 @@ def commit_request(
     The file of `base` then holds the content of `top`, under the name of `base`; the points
     of `base` and of what lies between vanish, and so does the name of `top`.
 
-    Raises: `UsageError` when `base` is not below `top`, or one is not in the chain.
+    Raises: `UsageError` when `base` is not below `top`, nothing is, or one is not in the chain.
     """
     above = 0 if top is None else find_layer(top, layers)
     below = len(layers) - 1 if base is None else find_layer(base, layers)
+    if above == len(layers) - 1:
+        raise UsageError(
+            layers[above].path,
+            "has no backing file: there is nothing below it to commit into",
+            "name an image above it ('qchain tree' shows them)",
+        )
     if below <= above:
         raise UsageError(
             layers[below].path,

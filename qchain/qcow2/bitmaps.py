@@ -20,7 +20,15 @@ from qchain.qcow2.header import Header
 from qchain.qcow2.heads import BITMAP_HEAD, BitmapHead
 from qchain.qcow2.windows import Window
 
-__all__ = ["Bitmap", "dirty_ranges", "find_bitmap", "read_bitmaps"]
+__all__ = [
+    "Bitmap",
+    "bitmap_clusters",
+    "bitmap_table",
+    "dirty_ranges",
+    "find_bitmap",
+    "marked_spans",
+    "read_bitmaps",
+]
 
 _MAX_NAME = 1023
 _MAX_TABLE_ENTRIES = 0x8000000
@@ -184,12 +192,7 @@ def _marked(file: HostFile, header: Header, bitmap: Bitmap) -> Iterator[tuple[in
     # Entries for what lies beyond the end of the disk mean nothing.
     count = min(bitmap.table_size, -(-header.size // covers))
     for first in range(0, count, _TABLE_WINDOW):
-        last = min(first + _TABLE_WINDOW, count)
-        raw = file.pread(bitmap.table_offset + first * 8, (last - first) * 8)
-        if len(raw) < (last - first) * 8:
-            raise ImageError(file.path, f"the table of bitmap {bitmap.name!r} ends beyond the file")
-        entries = np.frombuffer(raw, ">u8").astype(np.uint64)
-        _check_entries(file, bitmap, entries, cluster)
+        entries = _entries(file, bitmap, first, min(first + _TABLE_WINDOW, count), cluster)
         set_ones = entries == _ALL_ONES
         for index in np.flatnonzero(entries).tolist():
             start = (first + index) * covers
@@ -202,12 +205,84 @@ def _marked(file: HostFile, header: Header, bitmap: Bitmap) -> Iterator[tuple[in
                 if begin >= header.size:
                     break
                 length = min(cluster - skip, _BITS_WINDOW)
-                bits = file.pread(offset + skip, length)
-                if len(bits) < length:
-                    raise ImageError(
-                        file.path, f"the bits of bitmap {bitmap.name!r} end beyond the file"
-                    )
+                bits = _bits(file, bitmap, offset + skip, length)
                 yield from _runs(bits, begin, bitmap.granularity, header.size)
+
+
+def bitmap_table(file: HostFile, header: Header, bitmap: Bitmap) -> npt.NDArray[np.uint64]:
+    """The bitmap table: for each cluster of bits its offset, 1 for all ones, 0 for none.
+
+    Raises: `ImageError` for a table that ends beyond the file or breaks the format.
+    """
+    return _entries(file, bitmap, 0, bitmap.table_size, header.cluster_size)
+
+
+def bitmap_clusters(file: HostFile, header: Header) -> npt.NDArray[np.int64]:
+    """The numbers of the host clusters that the bitmaps take: directory, tables, bits.
+
+    Raises: as `read_bitmaps` and `bitmap_table`.
+    """
+    where = header.bitmaps_extension
+    if where is None:
+        return np.zeros(0, np.int64)
+    cluster = header.cluster_size
+    taken = [(where.directory_offset, where.directory_size)]
+    every = read_bitmaps(file, header)
+    taken += [(each.table_offset, each.table_size * 8) for each in every]
+    parts = [np.arange(at // cluster, -(-(at + size) // cluster)) for at, size in taken]
+    for each in every:
+        table = bitmap_table(file, header, each)
+        parts.append((table[table > _ALL_ONES] // np.uint64(cluster)).astype(np.int64))
+    return np.unique(np.concatenate(parts))
+
+
+def marked_spans(
+    file: HostFile, header: Header, bitmap: Bitmap, span: int, count: int
+) -> npt.NDArray[np.bool_]:
+    """In which of `count` spans, each of `span` guest bytes (a power of two), any bit is set.
+
+    Raises: as `dirty_ranges`.
+    """
+    out = np.zeros(count, bool)
+    each = bitmap.granularity
+    covers = header.cluster_size * 8 * each
+    for index, entry in enumerate(bitmap_table(file, header, bitmap).tolist()):
+        start = index * covers
+        if start >= header.size or not entry:
+            continue
+        if entry == _ALL_ONES:
+            out[start // span : -(-min(start + covers, header.size) // span)] = True
+            continue
+        bits = np.frombuffer(_bits(file, bitmap, entry, header.cluster_size), np.uint8)
+        unit = 8 * each
+        if span < unit:
+            bits, unit = np.unpackbits(bits, bitorder="little"), each
+        starts = start + np.flatnonzero(bits) * unit
+        starts = starts[starts < header.size]
+        # Of a unit that is longer than a span the first one, and those that follow.
+        for more in range(0, unit, span):
+            at = (starts + more) // span
+            out[at[at < count]] = True
+    return out
+
+
+def _entries(
+    file: HostFile, bitmap: Bitmap, first: int, last: int, cluster: int
+) -> npt.NDArray[np.uint64]:
+    """The entries [first, last) of the bitmap table, checked."""
+    raw = file.pread(bitmap.table_offset + first * 8, (last - first) * 8)
+    if len(raw) < (last - first) * 8:
+        raise ImageError(file.path, f"the table of bitmap {bitmap.name!r} ends beyond the file")
+    entries = np.frombuffer(raw, ">u8").astype(np.uint64)
+    _check_entries(file, bitmap, entries, cluster)
+    return entries
+
+
+def _bits(file: HostFile, bitmap: Bitmap, offset: int, length: int) -> bytes:
+    bits = file.pread(offset, length)
+    if len(bits) < length:
+        raise ImageError(file.path, f"the bits of bitmap {bitmap.name!r} end beyond the file")
+    return bits
 
 
 def _check_entries(

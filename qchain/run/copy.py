@@ -33,6 +33,7 @@ from qchain.run.group import Observer
 from qchain.run.locking import ChainLocks
 from qchain.run.private import open_private
 from qchain.run.qemu_img import QemuImg
+from qchain.run.whole import Whole
 from qchain.verify.compare import Comparison, compare
 from qchain.verify.shared import SharedExtents
 
@@ -174,10 +175,13 @@ def copy_point(
 
 def _made(wanted: Copy, fd: int, draft: Path, qemu: QemuImg, observer: Observer) -> Comparison:
     """Fill the file open at `fd`, named `draft`, and compare it with the point."""
+    argvs = wanted.commands(Path(f"/proc/self/fd/{fd}"))
+    moving = [argv for argv in argvs if "-u" not in argv]
+    observer = Whole(observer, wanted.most * max(1, len(moving)) + wanted.chain.size)
     if wanted.native:
         _write(wanted, fd, draft, observer)
-    for argv in wanted.commands(Path(f"/proc/self/fd/{fd}")):
-        moves = "-u" not in argv
+    for argv in argvs:
+        moves = argv in moving
         observer.step(f"copy {wanted.chain.active.path.name}", wanted.most if moves else 0)
         qemu.run(
             argv,

@@ -34,7 +34,9 @@ from qchain.run.group import GroupRun, Observer
 from qchain.run.journal import Journal
 from qchain.run.locking import ChainLocks, sole
 from qchain.run.qemu_img import QemuImg
+from qchain.run.room import shortage_told
 from qchain.run.survey import refuse_overlays
+from qchain.run.whole import Whole, weight_of
 
 __all__ = ["MergeResult", "Observer", "Silent", "execute", "named", "run_group"]
 
@@ -50,7 +52,7 @@ def named(paths: Sequence[Path]) -> str:
 class Silent:
     """An observer that does not look."""
 
-    def step(self, label: str, total: int) -> None: ...
+    def step(self, label: str, total: int, done: int = 0) -> None: ...
 
     def advance(self, done: int, total: int) -> None: ...
 
@@ -99,6 +101,8 @@ def run_group(
                 journal.settle()
     except (KeyboardInterrupt, OSError, QchainError) as error:
         altered = altered_points(run, index)
+        # Before work files go and free what they took.
+        why = _why(error, run)
         whole = put_back(run)
         if whole:
             journal.remove()
@@ -110,10 +114,18 @@ def run_group(
         way = _way_on(whole, altered, "mend this and merge again")
         if isinstance(error, OSError):
             what = str(error.filename or run.t_path)
-            raise FailedMidway(what, (error.strerror or str(error)).lower(), way) from None
-        raise FailedMidway(error.what, error.why, way) from None
+            raise FailedMidway(what, why, way) from None
+        raise FailedMidway(error.what, why, way) from None
     finally:
         run.close()
+
+
+def _why(error: KeyboardInterrupt | OSError | QchainError, run: GroupRun) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return ""
+    if isinstance(error, OSError):
+        return shortage_told((error.strerror or str(error)).lower(), run.room)
+    return shortage_told(error.why, run.room)
 
 
 def _let_go(locks: ChainLocks) -> None:
@@ -187,7 +199,7 @@ def execute(
         raise Refused("merge", plan.refusals[0], "")
     begun = time.monotonic()
     qemu = qemu or QemuImg()
-    observer = observer or Silent()
+    whole = Whole(observer or Silent(), weight_of(plan.steps))
     compared, verified = 0, True
     mode = plan.options.verify
     tree = tree_of(chain)
@@ -211,7 +223,7 @@ def execute(
             journal = Journal.begin(plan)
             for number, (group, record) in enumerate(zip(plan.groups, journal.groups, strict=True)):
                 held = [layers[index] for index in (*group.group.line, *group.group.onto)]
-                run = GroupRun(record, held, mode, qemu, observer, locks)
+                run = GroupRun(record, held, mode, qemu, whole, locks)
                 run_group(run, journal, number, 0, before_step)
                 _let_go(locks)
                 if run.old.comparison is not None:

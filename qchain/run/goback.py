@@ -22,6 +22,7 @@ from qchain.plan.steps import (
     Rename,
     Step,
     SymbolicLink,
+    TakeManifest,
     Unlink,
 )
 from qchain.qcow2.header import read_header
@@ -63,6 +64,8 @@ def resume_at(run: GroupRun, index: int, *, done: bool = False) -> None:
             run.made += [into, rescued_beside(into)]
             if done and into.exists() and run.old.layers:
                 run.old.look_back(into)
+        case TakeManifest(_, into):
+            run.made.append(into)
         case HardLink(existing, link):
             run.note_link(existing, link)
         case SymbolicLink(_, link):
@@ -141,7 +144,8 @@ def _from_the_start(run: GroupRun) -> None:
     if run.journal is not None:
         run.journal.altered = bool(altered(run, run.journal.step))
         run.journal.carrying = False
-        run.journal.settle()
+        # Not settled: after ^C nobody waits until gigabytes are flushed. No kept point needs
+        # them, and the first step makes anew all that it looks at.
         run.journal.write(run.journal.group, 0)
 
 

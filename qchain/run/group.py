@@ -37,6 +37,7 @@ from qchain.plan.steps import (
     SymbolicLink,
     Sync,
     TakeAttributes,
+    TakeManifest,
     Unlink,
     written_by,
 )
@@ -52,6 +53,7 @@ from qchain.run.native import native_copy, native_free, native_switch, native_wr
 from qchain.run.oldview import OldView, rescued_beside
 from qchain.run.private import make_private, open_private
 from qchain.run.qemu_img import QemuImg
+from qchain.run.room import Room
 from qchain.run.steady import Steady
 from qchain.verify.frozen import map_digest
 
@@ -61,8 +63,8 @@ __all__ = ["GroupRun", "Observer"]
 class Observer(Protocol):
     """Who wants to see how it goes on. All amounts in bytes."""
 
-    def step(self, label: str, total: int) -> None:
-        """A step of `total` expected bytes begins (0: it is short)."""
+    def step(self, label: str, total: int, done: int = 0) -> None:
+        """A step begins: of `total` expected bytes `done` are (total 0: it is short)."""
 
     def advance(self, done: int, total: int) -> None:
         """How far the present step is."""
@@ -87,6 +89,8 @@ class GroupRun:
         self.t_path = record.goal.path
         self.old = OldView(record, layers)
         self.steady = Steady(locks.layers)
+        needed = max((step.room for step in record.steps if isinstance(step, Command)), default=0)
+        self.room = Room(self.t_path, needed) if needed else None
         self.opened: list[HostFile] = []
         self.journal: Journal | None = None
         self.made: list[Path] = []
@@ -125,6 +129,11 @@ class GroupRun:
             case Freeze(_, into):
                 self.made += [into, rescued_beside(into)]
                 self.old.freeze(into)
+            case TakeManifest(_, into):
+                self.made.append(into)
+                self.observer.step("digest", step.weight)
+                self.old.take_manifest(into, self.observer.advance)
+                fsync_directory(into.parent)
             case Compare():
                 self.observer.step("verify", step.weight)
                 full = self.verify == "full"
@@ -269,6 +278,11 @@ class GroupRun:
         # Neither a commit that keeps its top nor a change of names touches the map of it.
         stays = step.commits or (verb == "rebase" and "-u" in step.argv)
         before = map_digest(named) if stays else None
+        watch = None
+        if self.room is not None and step.room and not self.resumed:
+            # Once stopped, what it has grown by is not known: then only qemu-img tells.
+            watch = self.room.require
+            watch()
         passing = between if step.commits else ()
         with self.locks.handed_over(step.writes, passing, named) as held:
             self.qemu.run(
@@ -276,6 +290,7 @@ class GroupRun:
                 progress=lambda part: self.observer.advance(int(part * step.weight), step.weight),
                 cwd=step.cwd,
                 pass_fds=held,
+                watch=watch,
             )
         if before is not None and map_digest(named) != before:
             raise FailedMidway(

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from qchain.chain.scan import JOURNAL_SUFFIX, WORK_PREFIX
+from qchain.chain.scan import JOURNAL_SUFFIX, WORK_PREFIX, identity
 from qchain.errors import ImageError, Refused
-from qchain.plan.names import SAVED_SUFFIX
+from qchain.plan.names import MANIFEST_SUFFIX, SAVED_SUFFIX
 from qchain.plan.steps import (
     Adopt,
     Command,
@@ -32,11 +32,12 @@ from qchain.plan.steps import (
     SymbolicLink,
     Sync,
     TakeAttributes,
+    TakeManifest,
     Unlink,
 )
 from qchain.run.journal import GroupRecord, Journal
 
-__all__ = ["require_lawful"]
+__all__ = ["given_up", "require_lawful"]
 
 _VERBS = frozenset({"bitmap", "commit", "convert", "create", "rebase", "resize"})
 
@@ -49,17 +50,42 @@ def require_lawful(journal: Journal) -> None:
     except OSError:
         same = False
     if not same or here.stat().st_ino != journal.home_inode:
-        raise Refused(
-            journal.path,
-            f"is the journal of a merge in {home}, not of one here: a copy, or moved",
-            "recover the original; if this is a copy that nobody needs, remove it",
-        )
+        raise _not_from_here(journal, here, home)
     for record in journal.groups:
         rule = _Rule(journal, record)
         if not record.steps:
             raise ImageError(journal.path, "is not a journal of qchain: it has no steps", "")
         for step in record.steps:
             rule.check(step)
+
+
+def given_up(journal: Journal) -> str:
+    """What to do with a journal whose images are not there any more.
+
+    An image that was saved amid the merge may back on one of its work files.
+    """
+    active = journal.path.with_name(journal.active.name)
+    return (
+        f"if 'qchain chain {active}' shows the chain whole, and no layer named .qchain-*, delete "
+        "this journal: the merge is given up then, and the images stay as they are now"
+    )
+
+
+def _not_from_here(journal: Journal, here: Path, home: Path) -> Refused:
+    """The refusal of a journal that is about another directory, `home`, than it lies in."""
+    known = [each for record in journal.groups for each in (*record.members, record.goal)]
+    moved = any(identity(here / each.path.name) == each.id for each in known)
+    if home.exists() and not here.samefile(home):
+        return Refused(
+            journal.path,
+            f"is the journal of a merge in {home}, not of one here: a copy, or moved",
+            f"recover the original in {home}; if this is a copy that nobody needs, delete it",
+        )
+    if moved:
+        way = f"put the directory itself back as {home}, then 'qchain recover' there"
+        return Refused(journal.path, f"was written in {home}, and was moved since", way)
+    why = "is about images that are not here any more: all were restored, it seems, or copied"
+    return Refused(journal.path, why, given_up(journal))
 
 
 class _Rule:
@@ -90,10 +116,13 @@ class _Rule:
                 return image in self.members and self._work(into)
             case NativeSwitch(image, source) | NativeFree(image, source):
                 return image == self.group.goal.path and self._work(source)
-            case Compare(old, new, below, pending=pending):
+            case TakeManifest(image, into):
+                return image in self.members and self._work(into)
+            case Compare(old, new, below):
                 return (
-                    (pending is None or self._work(pending))
-                    and old in self.members
+                    old in self.members
+                    and (step.manifest is None or self._work(step.manifest))
+                    and (step.pending is None or self._work(step.pending))
                     and (new in self.members or self._work(new))
                     and (below is None or below in self.chain)
                 )
@@ -104,6 +133,8 @@ class _Rule:
             case MakeDirectory(path) | RemoveDirectory(path):
                 return self._beside(path)
             case HardLink(existing, link):
+                if self._saved(link, MANIFEST_SUFFIX):
+                    return self._work(existing)
                 return existing in self.members and (self._work(link) or self._saved(link))
             case SymbolicLink(target, link):
                 return target in self.chain and self._work(link)
@@ -176,10 +207,10 @@ class _Rule:
         """A work file: beside an image, or in a work directory there."""
         return path.name != ".." and (self._beside(path) or self._beside(path.parent))
 
-    def _saved(self, path: Path) -> bool:
-        """The further name that --keep-files gives to a replaced file."""
+    def _saved(self, path: Path, suffix: str = SAVED_SUFFIX) -> bool:
+        """The further name that --keep-files gives to a replaced file, or to the manifest."""
         return any(
-            path.parent == member.parent and path.name.startswith(member.name + SAVED_SUFFIX)
+            path.parent == member.parent and path.name.startswith(member.name + suffix)
             for member in self.members
         )
 
@@ -197,6 +228,7 @@ def _well_typed(step: Step) -> bool:
         kinds = {
             **dict.fromkeys(("argv", "writes", "names", "gone"), tuple),
             "weight": int,
+            "room": int,
             "commits": bool,
         }
         if isinstance(value, Path):

@@ -6,6 +6,7 @@ content is found: a copy of it is kept (`qchain.verify.frozen`), and looked thro
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from qchain.plan.traffic import commit_granularity
 from qchain.qcow2.header import read_header
 from qchain.run.journal import GroupRecord
 from qchain.run.pending import read_pending
+from qchain.run.private import open_private
 from qchain.verify.compare import Comparison, compare
 from qchain.verify.frozen import freeze, frozen_view, open_rescued, rescue
+from qchain.verify.manifest import check_manifest, take_manifest
 from qchain.verify.shared import SharedExtents
 
 __all__ = ["OldView", "rescued_beside"]
@@ -64,6 +67,14 @@ class OldView:
             self._opened.append(kept_out.file)
             self.line.insert(place, kept_out)
 
+    def take_manifest(self, into: Path, progress: Callable[[int, int], None]) -> None:
+        """Write the digests of all that the point reads to the new file `into`."""
+        fd = open_private(into)
+        try:
+            take_manifest(self._now(), fd, progress)
+        finally:
+            os.close(fd)
+
     def compare(
         self, step: Compare, everything: bool, progress: Callable[[int, int], None], resumed: bool
     ) -> None:
@@ -81,18 +92,18 @@ class OldView:
             raise FailedMidway(
                 step.new, f"has {new.size} bytes after the merge, not {self.line[0].size}"
             )
-        old = list(self.line)
-        if self.record.target > 0:
-            old[0] = self._fresh(old[0])
+        view = [new, *self.below]
         native = any(isinstance(each, (NativeCopy, NativeWrite)) for each in self.record.steps)
         found = compare(
-            old,
-            [new, *self.below],
+            self._now(),
+            view,
             everything=everything,
             # What was shared needs no reading: that it is, the filesystem says anew.
             extents=SharedExtents() if native else None,
             progress=progress,
         )
+        if found.identical and step.manifest is not None:
+            found = check_manifest(step.manifest, view, progress)
         self.comparison = found
         if not found.identical:
             raise FailedMidway(
@@ -102,6 +113,13 @@ class OldView:
                 + resumed
                 * ", and a guest that ran after the stop may be the reason",
             )
+
+    def _now(self) -> list[Layer]:
+        """The old view, with what has been mapped in the kept image since it was opened."""
+        old = list(self.line)
+        if self.record.target > 0:
+            old[0] = self._fresh(old[0])
+        return old
 
     def _open(self, path: Path) -> HostFile:
         file = HostFile(path)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import resource
+import select
 import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +30,7 @@ _INFO_ADDRESS_SPACE = 1 << 30  # bytes; what OpenStack allows after CVE-2024-324
 _INFO_VERBS = frozenset({"info", "map", "measure"})
 _PROGRESS = re.compile(rb"\(\s*(\d+(?:\.\d+)?)/100%\)")
 _COMPLAINT = re.compile(r"failed to flush|\berror\b", re.IGNORECASE)
+_WATCH_EVERY = 0.5  # seconds
 _KILL_AFTER = 1.0  # seconds between TERM and KILL
 
 
@@ -76,8 +80,11 @@ class QemuImg:
         progress: Callable[[float], None] | None = None,
         cwd: str | Path | None = None,
         pass_fds: Sequence[int] = (),
+        watch: Callable[[], None] | None = None,
     ) -> None:
         """Run `qemu-img *argv` to its end; `progress` hears fractions 0..1 of -p.
+
+        `watch` is called twice a second, and ends it by raising.
 
         The child has the descriptors `pass_fds`, and any locks on them, as its own.
 
@@ -87,10 +94,12 @@ class QemuImg:
         or any other exception, the child is ended and waited for before it propagates;
         so it is on SIGTERM, where nobody else handles that signal.
         """
-        status, _, errors = self._execute(argv, progress, cwd, pass_fds)
+        status, _, errors = self._execute(argv, progress, cwd, pass_fds, watch)
         complaints = errors if status != 0 else list(filter(_is_complaint, errors))
         if status != 0 or complaints:
-            raise QemuImgError(argv[0], status, _first(complaints))
+            # Of a file given as /proc/self/fd/N it cannot delete the name: that is not the reason.
+            reasons = [line for line in complaints if "when deleting file" not in line]
+            raise QemuImgError(argv[0], status, _first(reasons or complaints))
 
     def _execute(
         self,
@@ -98,6 +107,7 @@ class QemuImg:
         progress: Callable[[float], None] | None,
         cwd: str | Path | None,
         pass_fds: Sequence[int] = (),
+        watch: Callable[[], None] | None = None,
     ) -> tuple[int, bytes, list[str]]:
         with _interrupt_on_sigterm():
             child = self._start(argv, cwd, pass_fds)
@@ -110,7 +120,7 @@ class QemuImg:
                     target=_drain, args=(child.stderr, errors), daemon=True, name="qemu-img-stderr"
                 )
                 listener.start()
-                output = _listen(child.stdout, progress)
+                output = _listen(child.stdout, progress, watch)
                 status = child.wait()
                 listener.join()
             except BaseException:
@@ -154,10 +164,18 @@ def _is_complaint(line: str) -> bool:
     return "warning:" not in line and _COMPLAINT.search(line) is not None
 
 
-def _listen(pipe: IO[bytes], progress: Callable[[float], None] | None) -> bytes:
+def _listen(
+    pipe: IO[bytes], progress: Callable[[float], None] | None, watch: Callable[[], None] | None
+) -> bytes:
     """All output, as far as it is not progress; each progress mark is reported once."""
     kept = bytearray()
-    while chunk := pipe.read(65536):
+    while True:
+        if watch is not None:
+            while not select.select([pipe], [], [], _WATCH_EVERY)[0]:
+                watch()
+        chunk = pipe.read(65536)
+        if not chunk:
+            break
         kept += chunk
         if progress is not None and (marks := list(_PROGRESS.finditer(kept))):
             progress(min(float(marks[-1][1]) / 100, 1.0))
@@ -177,13 +195,32 @@ def _drain(pipe: IO[bytes], kept: list[bytes]) -> None:
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """TERM, after a second KILL, and in any case wait: no writer may outlive us."""
-    child.terminate()
+    """TERM, after a second KILL, and in any case wait: no writer may outlive us.
+
+    All of its group: $QCHAIN_QEMU_IMG may be a script that waits for the real one.
+    """
     try:
-        child.wait(_KILL_AFTER)
-    except BaseException:  # a second ^C included
-        child.kill()
+        _signal(child, signal.SIGTERM)
+        until = time.monotonic() + _KILL_AFTER
+        while not _has_ended(child) and time.monotonic() < until:
+            time.sleep(0.01)
+    finally:  # a second ^C included
+        # It is not waited for yet, so that its number is nobody else's.
+        _signal(child, signal.SIGKILL)
         child.wait()
+
+
+def _signal(child: subprocess.Popen[bytes], number: int) -> None:
+    if child.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
+
+
+def _has_ended(child: subprocess.Popen[bytes]) -> bool:
+    if child.returncode is not None:
+        return True
+    found = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+    return found is not None
 
 
 def _limit(pid: int, kind: int, soft: int) -> None:

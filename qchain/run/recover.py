@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qchain.chain.chain import open_layer
@@ -35,6 +35,7 @@ from qchain.plan.steps import (
     Step,
     SymbolicLink,
     Sync,
+    TakeManifest,
     written_by,
 )
 from qchain.run.bitmaps import bitmap_command, follow_kept, place_again
@@ -43,8 +44,10 @@ from qchain.run.execute import Silent, named, run_group
 from qchain.run.goback import altered as altered_points
 from qchain.run.goback import put_back, resume, resume_at
 from qchain.run.group import GroupRun, Observer
+from qchain.run.identity import state_of
 from qchain.run.journal import GroupRecord, Journal
 from qchain.run.journal_file import find_journals, read_journal, unwritten
+from qchain.run.lawful import given_up
 from qchain.run.locking import ChainLocks, sole
 from qchain.run.native import switched_already
 from qchain.run.qemu_img import QemuImg
@@ -59,6 +62,7 @@ from qchain.run.survey import (
     refuse_overlays,
     renumber,
 )
+from qchain.run.whole import Whole, weight_of
 from qchain.verify.compare import compare
 
 __all__ = ["Recovered", "journals_at", "recover"]
@@ -156,11 +160,23 @@ def _one(path: Path, way: _Way) -> Recovered | None:
                     continue
                 discard_unwritten(path.with_name(f"{path.name}.new"))
                 renumber(again, files)
+                _require_any(again, files)
                 return _recovered(again, way)
     return None
 
 
+def _require_any(journal: Journal, files: Files) -> None:
+    """Raise `Refused` when every image under way is another file: there is nothing to finish."""
+    record = journal.groups[journal.group]
+    # Not by their device: its number may be another one after a mount.
+    there = {file.id.inode for file in files.values()}
+    if there.isdisjoint(known.id.inode for known in (record.goal, *record.members)):
+        why = "is about images that are not here any more: all were restored, it seems, or replaced"
+        raise Refused(journal.path, why, given_up(journal))
+
+
 def _recovered(journal: Journal, way: _Way) -> Recovered:
+    way = replace(way, observer=Whole(way.observer, _left(journal)))
     for number in range(journal.group, len(journal.groups)):
         record = journal.groups[number]
         first = _where_to_begin(record, journal.step) if number == journal.group else 0
@@ -181,6 +197,13 @@ def _recovered(journal: Journal, way: _Way) -> Recovered:
                 _forward(journal, first, files, layers, way, locks)
     journal.remove()
     return Recovered(journal.path, journal.active, "finished")
+
+
+def _left(journal: Journal) -> int:
+    """Bytes that are still to be moved and compared."""
+    first = _where_to_begin(journal.groups[journal.group], journal.step)
+    ahead = [record.steps for record in journal.groups[journal.group :]]
+    return weight_of([step for steps in ahead for step in steps]) - weight_of(ahead[0][:first])
 
 
 def _still(layers: dict[FileId, Layer]) -> None:
@@ -247,6 +270,9 @@ def _forward(
     changed = examine(journal, record, first, files)
     refuse_overlays(journal, first, "or try 'qchain recover --back'")
     native = any(isinstance(step, NativeWrite) for step in record.steps)
+    kept = record.layers[0]
+    # By a guest, or by the merge itself, which may only have opened it.
+    written = kept.path not in files or state_of(files[kept.path]) != kept.state
     content = any(moves_content(step) for step in record.steps[first:]) or (changed and native)
     views = [layers[known.id] for known in record.layers] if content else []
     run = GroupRun(record, views, journal.verify, way.qemu, way.observer, locks)
@@ -256,10 +282,28 @@ def _forward(
         follow_kept(run, journal, first)
         if changed:
             _carry(run, journal, first, layers)
+        if written:
+            _take_manifest_again(run, first)
     except BaseException:
         run.close()
         raise
     run_group(run, journal, journal.group, first)
+
+
+def _take_manifest_again(run: GroupRun, first: int) -> None:
+    """Of the kept image as it is now.
+
+    Not where qemu-img merges into it: its old view holds nothing newer.
+    """
+    record = run.record
+    native = any(isinstance(step, NativeWrite) for step in record.steps)
+    if record.target == 0 and record.copy is None and not native:
+        return
+    if not any(isinstance(step, Compare) for step in record.steps[first:]):
+        return
+    for step in record.steps[:first]:
+        if isinstance(step, TakeManifest):
+            run.perform(step)
 
 
 def _carry(run: GroupRun, journal: Journal, first: int, layers: dict[FileId, Layer]) -> None:
@@ -281,6 +325,9 @@ def _carry(run: GroupRun, journal: Journal, first: int, layers: dict[FileId, Lay
         for step in record.steps[begin:first]:
             if native and isinstance(step, _NATIVE):
                 journal.write(journal.group, first, written_by(step))
+                if isinstance(step, Compare):
+                    # The digests are of what the kept image showed before.
+                    step = replace(step, manifest=None)
             elif isinstance(step, Command) and (is_commit(step) or step.argv[0] == "resize"):
                 journal.write(journal.group, first, step.writes)
             elif not isinstance(step, Sync):

@@ -150,7 +150,9 @@ def read_saved(path: Path) -> Saved:
     Raises: `ImageError` when it is none, or of another format.
     """
     try:
-        stored = json.loads(_content(path))
+        stored = json.loads(_content(path).decode())
+    except UnicodeError:
+        raise _none(path, ": it is no text") from None
     except (ValueError, RecursionError) as error:
         why = "nested too deeply" if isinstance(error, RecursionError) else error
         raise _none(path, f": {why}") from None

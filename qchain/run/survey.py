@@ -33,6 +33,7 @@ from qchain.plan.steps import (
     NativeWrite,
     Rename,
     Step,
+    TakeManifest,
     Unlink,
 )
 from qchain.qcow2.header import read_header
@@ -156,11 +157,8 @@ def is_pull(step: Step) -> bool:
 
 def moves_content(step: Step) -> bool:
     """Whether the step looks into the images, and does not only change names and headers."""
-    return (
-        isinstance(step, (Freeze, Compare, NativeCopy, NativeWrite))
-        or is_commit(step)
-        or is_pull(step)
-    )
+    looks = isinstance(step, (Freeze, TakeManifest, Compare, NativeCopy, NativeWrite))
+    return looks or is_commit(step) or is_pull(step)
 
 
 def examine(journal: Journal, record: GroupRecord, first: int, files: Files) -> bool:
