@@ -1,5 +1,5 @@
 # Everything from a fresh clone: each target first installs what is missing (scripts/setup).
-.PHONY: help setup chain demo test damaged product bench fuzz clean
+.PHONY: help setup chain demo test damaged product bench fuzz torture clean
 
 help:
 	@echo "make demo    build a real chain, merge it, prove that nothing changed"
@@ -8,6 +8,8 @@ help:
 	@echo "make product read images of qemu-img in all 9641 combinations of its options"
 	@echo "make bench   qchain and qemu-img side by side (BENCH=--quick: small images)"
 	@echo "make fuzz    a million damaged images through the library (FUZZ=\"--count 10000 --seed 5\")"
+	@echo "make torture merges killed, without power, on full disks, lied to, raced (as root;"
+	@echo "             TORTURE=\"--kills 100 --power 20 --seed 5\"; docs/reliability.md)"
 	@echo "make chain   the demo's chain in DIR, to try things on (make chain DIR=/tmp/vm)"
 	@echo "make setup   only install what demo and bench need; the command is .venv/bin/qchain"
 	@echo "make clean   remove .venv and all caches"
@@ -40,6 +42,10 @@ bench: setup
 
 fuzz: setup
 	@.venv/bin/python -m fuzz $(FUZZ)
+
+torture:
+	@bash scripts/setup tests
+	@.venv/bin/python -m torture $(TORTURE)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import gc
 import importlib
 import os
@@ -147,15 +148,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         note(_usage_line(error))
         return ExitCode.USAGE
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is not None and not _debugging():
+        if isinstance(error, OSError) and _of_storage(error) and not _debugging():
             # Merging turns its own into FailedMidway: nothing has been changed here.
-            note(f"{error.filename}: {(error.strerror or str(error)).lower()}; check it and retry")
+            what = "storage" if error.filename is None else error.filename
+            note(f"{what}: {(error.strerror or str(error)).lower()}; check it and retry")
             return ExitCode.INVALID
         if _debugging():
             raise
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         note(f"internal error: {what}; set QCHAIN_DEBUG=1 for the details and report it")
         return ExitCode.FAILED
+
+
+def _of_storage(error: OSError) -> bool:
+    """Whether it is an error of a file, or of what all files lie on, and not one of ours."""
+    return error.filename is not None or error.errno in (errno.EIO, errno.ENODEV, errno.ESTALE)
 
 
 def _debugging() -> bool:

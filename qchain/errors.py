@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 __all__ = [
+    "Damaged",
     "DataError",
     "ExitCode",
     "FailedMidway",
@@ -106,6 +107,15 @@ class FailedMidway(QchainError):
 
     exit_code = ExitCode.FAILED
     todo = "every kept point is intact; 'qchain recover' continues"
+
+
+class Damaged(FailedMidway):
+    """What a merge was not to touch reads otherwise than before; nothing was deleted (exit 5)."""
+
+    todo = (
+        "nothing was deleted, but qemu-img, or the disk, has changed what was not to be touched: "
+        "hold the images against a backup"
+    )
 
 
 class WriteFailed(QchainError):

@@ -302,6 +302,8 @@ def blocks(path: Path) -> int:
         ("[raw size=100k] 100k:A", "[cluster=4k size=1M] 512k:- 4k:B"),
         ("[raw size=47k] 47k:A", "[cluster=1k size=590k] 3k:B 300k:- 100k:B"),
         ("[raw size=1M]", "[cluster=4k]"),
+        # Cut, under zeroes: found by `make torture`.
+        ("[raw size=1M] 3k:A 640k:A", "[cluster=32k size=256k] 192k:0 64k:B"),
     ],
 )
 def test_raw(base: str, top: str, tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,17 +74,6 @@ MERGES = [
     Merge("commit", "kept", ("base", "a", "b"), RAW),
     Merge("commit", "target", ("base", "a", "b"), RAW),
 ]
-
-
-@pytest.fixture
-def scratch(tmp_path: Path) -> Iterator[Path]:
-    """In memory where there is such a place: what is tested is the order, not the disk."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory) as directory:
-        yield Path(directory)
 
 
 def content(path: Path, scratch: Path) -> bytes:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from cli_runner import run
-from merging import format_of
+from merging import build, format_of
 from stopping import killed
 from test_merge_rows import LINES, recorded
 
@@ -352,3 +352,11 @@ def test_a_backing_name_that_fills_the_header(tmp_path: Path) -> None:
         assert raw_of(mid) == lower
     assert raw_of(top) == old
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".qchain")]
+
+
+def test_a_copy_under_a_raw_name_is_refused(tmp_path: Path) -> None:
+    """The kept image reads through it, as raw, until it is deleted: found by `make torture`."""
+    disk = build(tmp_path, ["[raw] 64k:A 64k:B", "64k:C"])
+    options = MergeOptions(strategy="copy", names="lowest", allow_format_change=True)
+    plan = disk.plan(Request(drop=("base.raw",)), options)
+    assert "reads through base.raw as raw" in plan.refusals[0]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from merging import Disk, build
-from stopping import LINES, deleting, renaming, stopped, the_journal
+from stopping import LINES, commit_began, deleting, renaming, stopped, the_journal
 
 from fixtures.oracle import qemu_check, qemu_img, qemu_io, raw_of
 from qchain.errors import FailedMidway, Refused
@@ -371,6 +371,27 @@ def test_another_device_number(disk: Disk, when: object, back: bool) -> None:
     else:
         recover([journal])
         disk.expect({"l2.qcow2": "l2.qcow2"})
+
+
+@pytest.mark.parametrize("field", [None, "inode"])
+def test_another_device_number_while_all_were_written_to(tmp_path: Path, field: str | None) -> None:
+    """A chain of two, stopped in its commit: found by `make torture`."""
+    disk = build(tmp_path / "d", LINES[:2])
+    stopped(disk, ["base.qcow2"], MergeOptions(strategy="commit"), commit_began())
+    journal = the_journal(disk.directory)
+    stored = json.loads(journal.read_bytes())
+    assert stored["unsettled"] == [0, 1]
+    for layer in stored["layers"]:
+        layer["device"] += 1
+    if field is not None:
+        stored["layers"][1][field] += 1
+    journal.write_text(json.dumps(stored))
+    if field is None:
+        recover([journal])
+        disk.expect({"l1.qcow2": "l1.qcow2"})
+    else:
+        with pytest.raises(Refused, match="is another file"):
+            recover([journal])
 
 
 @pytest.mark.parametrize("field", ["inode", "digest"])

@@ -344,14 +344,11 @@ def _no_copy(tree: ChainTree, group: Group, options: MergeOptions) -> str | None
     bitmaps = bitmap_obstacle(tree.layers, group, None, options)
     if bitmaps is not None:
         return bitmaps
-    if (
-        options.names == "lowest"
-        and lowest.format != kept.format
-        and not options.allow_format_change
-    ):
+    if options.names == "lowest" and lowest.format != kept.format:
+        # Until it is deleted it reads through that name, in the format that headers record.
         return (
-            f"{lowest.path.name} is {lowest.format} and would become {kept.format}; allow it with "
-            "--allow-format-change"
+            f"{kept.path.name} reads through {lowest.path.name} as {lowest.format} until the end; "
+            "use --names kept"
         )
     return None
 

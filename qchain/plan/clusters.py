@@ -250,8 +250,11 @@ class Entries:
         self.host &= ((words & np.uint64(OFFSET_MASK)) != 0) & ~self.packed
 
     def hosts(self, which: Bools) -> I64:
-        """The numbers of the host clusters, where they are the only one, of `which`."""
-        count = min(len(which), len(self.host))
+        """The numbers of the host clusters, where they are the only one, of `which`.
+
+        A raw image has none.
+        """
+        count = min(len(which), len(self.words))
         words = self.words[:count][which[:count] & self.host[:count]]
         return (words & np.uint64(OFFSET_MASK)).astype(np.int64) >> self.bits
 

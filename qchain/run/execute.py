@@ -16,7 +16,7 @@ from pathlib import Path
 from qchain.chain.chain import Chain
 from qchain.chain.chain_tree import ChainTree, tree_of
 from qchain.chain.layer import Layer, close_layers
-from qchain.errors import FailedMidway, QchainError, Refused
+from qchain.errors import Damaged, FailedMidway, QchainError, Refused
 from qchain.plan.plan import Plan
 from qchain.plan.refusals import overlay_refusals, unfinished_refusals
 from qchain.plan.steps import (
@@ -111,6 +111,8 @@ def run_group(
             as_before = "every point reads as before; merge again"
             way = _way_on(whole, altered, "merge again") if altered or not whole else as_before
             raise KeyboardInterrupt(way) from None
+        if isinstance(error, Damaged):
+            raise Damaged(error.what, why) from None
         way = _way_on(whole, altered, "mend this and merge again")
         if isinstance(error, OSError):
             what = str(error.filename or run.t_path)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qchain.chain.scan import WORK_PREFIX
 from qchain.errors import FailedMidway, QchainError
 from qchain.hostfile import HostFile
-from qchain.plan.commands import rebase_unsafe_argv, unlocked_argv
+from qchain.plan.commands import rebase_unsafe_argv, resize_shrink_argv, unlocked_argv
 from qchain.plan.steps import (
     Command,
     Freeze,
@@ -28,9 +29,11 @@ from qchain.plan.steps import (
 from qchain.qcow2.header import read_header
 from qchain.run.bitmaps import give_back
 from qchain.run.confirm import confirm
+from qchain.run.cut_short import cut_again
 from qchain.run.identity import state_of
 from qchain.run.native import give_up_written
 from qchain.run.oldview import rescued_beside
+from qchain.run.pending import pending_files
 
 if TYPE_CHECKING:
     from qchain.run.group import GroupRun
@@ -77,7 +80,7 @@ def resume_at(run: GroupRun, index: int, *, done: bool = False) -> None:
         case NativeCopy(image):
             run.made.append(image)
         case NativeWrite(_, into):
-            run.made.append(into)
+            run.made += pending_files(into)
         case _:
             pass
 
@@ -121,6 +124,7 @@ def put_back(run: GroupRun) -> bool:
         if led_away(run):
             restore_backing(run)
         give_up_written(run)
+        _end_cut(run)
         give_back(run, run.journal is not None and bool(altered(run, run.journal.step)))
     except (QchainError, OSError):
         return False  # the aliases must stay: the header may still name them
@@ -130,13 +134,62 @@ def put_back(run: GroupRun) -> bool:
         with contextlib.suppress(OSError):
             if link.samefile(existing):
                 link.unlink()
-    for path in reversed(run.made):
+    # Also of what was made before a stop in the midst of this: the journal knows nothing of that
+    # any more.
+    work = list(dict.fromkeys([*run.made, *_work_files(run)]))
+    for path in reversed(work):
         with contextlib.suppress(OSError):
             if path.is_dir() and not path.is_symlink():
                 path.rmdir()
             else:
                 path.unlink(missing_ok=True)
-    return not any(os.path.lexists(path) for path in run.made)
+    return not any(os.path.lexists(path) for path in work)
+
+
+def _end_cut(run: GroupRun) -> None:
+    """A target whose cutting was stopped is not consistent: it is cut to the end.
+
+    What it showed beyond was no kept point, and the commit had changed it before.
+    """
+    journal, steps = run.journal, run.record.steps
+    if journal is None or run.record.goal.format != "qcow2":
+        return
+    for index in (journal.step - 1, journal.step):
+        # One that was not flushed may be undone in part by a loss of power.
+        step = steps[index] if index >= 0 else None
+        if isinstance(step, Command) and step.argv[0] == "resize":
+            size = int(step.argv[-1])
+            journal.write(journal.group, journal.step, (run.t_path,))
+            run.resize(resize_shrink_argv(run.t_path, "qcow2", size))
+            cut_again(run.t_path, size, run.resize)
+            run.flush(run.t_path)
+            run.steady.note(run.locks.layers, {run.record.goal.id})
+
+
+def _work_files(run: GroupRun) -> Iterator[Path]:
+    """All that the steps make beside the images, in order; it is nobody else's."""
+    directories = set()
+    for step in run.record.steps:
+        match step:
+            case MakeDirectory(path):
+                directories.add(path)
+                yield path
+            case Freeze(_, into):
+                yield from (into, rescued_beside(into))
+            case TakeManifest(_, into):
+                yield into
+            case NativeWrite(_, into):
+                yield from pending_files(into)
+            case NativeCopy(image):
+                yield image
+            case HardLink(_, link) | SymbolicLink(_, link) if link.parent in directories:
+                yield link
+            case Command(argv) if argv[0] == "create":
+                yield created(step)
+            case Command(argv) if argv[0] == "convert":
+                yield run.t_path
+            case _:
+                pass
 
 
 def _from_the_start(run: GroupRun) -> None:

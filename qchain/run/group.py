@@ -45,12 +45,14 @@ from qchain.qcow2.header import read_header
 from qchain.run.attributes import open_to_all_of, take_attributes
 from qchain.run.bitmaps import as_it_is, confirm_bitmaps
 from qchain.run.confirm import confirm, require_same_size
+from qchain.run.cut_short import cut_again
 from qchain.run.durable import fsync_directory, fsync_file, fsync_open
 from qchain.run.goback import created, led_away, restore_backing
 from qchain.run.journal import GroupRecord, Journal, LayerRecord
 from qchain.run.locking import ChainLocks
 from qchain.run.native import native_copy, native_free, native_switch, native_write
 from qchain.run.oldview import OldView, rescued_beside
+from qchain.run.pending import pending_files
 from qchain.run.private import make_private, open_private
 from qchain.run.qemu_img import QemuImg
 from qchain.run.room import Room
@@ -118,7 +120,7 @@ class GroupRun:
                 self.made.append(image)
                 native_copy(self, step)
             case NativeWrite(_, into):
-                self.made.append(into)
+                self.made += pending_files(into)
                 native_write(self, step)
             case NativeSwitch():
                 native_switch(self, step)
@@ -289,13 +291,28 @@ class GroupRun:
                 unlocked_argv(step.argv) if held else step.argv,
                 progress=lambda part: self.observer.advance(int(part * step.weight), step.weight),
                 cwd=step.cwd,
-                pass_fds=held,
+                pass_fds=held or self._of_kept(),
                 watch=watch,
             )
+        if verb == "resize" and self.record.goal.format == "qcow2":
+            cut_again(named, int(step.argv[-1]), self.resize)
         if before is not None and map_digest(named) != before:
             raise FailedMidway(
                 named, f"its map or length changed while 'qemu-img {verb}' ran, which must not be"
             )
+
+    def resize(self, argv: list[str]) -> None:
+        """Have qemu-img resize the target."""
+        with self.locks.handed_over((self.t_path,), (), self.t_path) as held:
+            self.qemu.run(unlocked_argv(argv) if held else argv, pass_fds=held)
+
+    def _of_kept(self) -> tuple[int, ...]:
+        """The kept image's descriptor, for a qemu-img that writes to the new file of a copy.
+
+        Should we be killed it goes on, and the locks that it so has keep a recovery away.
+        """
+        kept = self.record.layers[0].id
+        return tuple(each.file.fd for each in self.locks.layers if each.file.id == kept)
 
     def _create(self, step: Command) -> None:
         """Make an alias: by a descriptor, for whoever owns the directory may swap the name."""

@@ -15,11 +15,12 @@ and durably before each step. Format 3:
 `layers`: all files of the tree. A group's line: from its kept image down to the base; its
 first c are merged, its first o are its own (the others are only read, and stay), and its
 target is among them, at place t of the line. Of a copy `layers` has the new file, known only
-when it is whole (inode 0 until then). `onto`: the chain that a rebase leads the kept image to,
-empty for a merge. `home`: the inode of the journal's directory.
-`present`: the target's backing name before. Step s of group g may have been done in part,
-those before it are done. Each layer is described as it was when it was last durable and
-ours; those in `unsettled` were being written to. `carrying`: what a guest wrote to the kept
+when it is whole; inode 0 until then, and for what a finished group has deleted. `onto`: the
+chain that a rebase leads the kept image to, empty for a merge. `home`: the inode of the
+journal's directory. `present`: the target's backing name before.
+Step s of group g may have been done in part, those before it are done. Each layer is
+described as it was when it was last durable and ours; those in `unsettled` were being
+written to. `carrying`: what a guest wrote to the kept
 image after a stop is being taken over into the target. `altered`: a commit has written to
 the target, and then the group was put back to its first step.
 
@@ -177,6 +178,8 @@ class Journal:
 
     def write(self, group: int, step: int, writing: Iterable[Path] = ()) -> None:
         """Durably: step `step` of group `group` is about to be done, and writes to `writing`."""
+        if group != self.group:
+            self.forget_deleted()
         self.group, self.step = group, step
         self.unsettled |= self.indices(writing)
         document = {
@@ -211,6 +214,13 @@ class Journal:
         self.chain[index] = (
             _unknown(known.path, known.format) if layer is None else record_of(layer)
         )
+
+    def forget_deleted(self) -> None:
+        """A group is finished: of what it deleted the numbers may be those of new files soon."""
+        there = {_id(path) for path in self._names()}
+        for index, record in enumerate(self.chain):
+            if record.id not in there:
+                self.chain[index] = _unknown(record.path, record.format)
 
     def remove(self) -> None:
         """Nothing is left to do. The pointers first: none may lead nowhere."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qchain.chain.layer import Layer, Qcow2Layer, RawLayer
-from qchain.errors import FailedMidway
+from qchain.errors import Damaged, FailedMidway
 from qchain.hostfile import HostFile
 from qchain.native.inplace import header_of
 from qchain.plan.steps import Compare, NativeCopy, NativeWrite
@@ -104,6 +104,12 @@ class OldView:
         )
         if found.identical and step.manifest is not None:
             found = check_manifest(step.manifest, view, progress)
+            if not found.identical and not resumed:
+                raise Damaged(
+                    step.old,
+                    f"the result differs from the manifest at guest offset {found.first_difference}"
+                    f", {found.different_bytes} bytes in pieces of 64 KiB",
+                )
         self.comparison = found
         if not found.identical:
             raise FailedMidway(

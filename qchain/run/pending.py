@@ -19,7 +19,7 @@ from qchain.qcow2.heads import HeaderV2
 from qchain.run.durable import write_durably
 from qchain.run.private import require_ours
 
-__all__ = ["Pending", "read_pending", "write_pending"]
+__all__ = ["Pending", "pending_files", "read_pending", "write_pending"]
 
 _MOST = 1 << 16
 
@@ -50,6 +50,11 @@ class Pending:
         if self.next is not None and now == HeaderV2.parse(self.next).l1_table_offset:
             return True
         raise ImageError("merge", "the target's header has changed since", "")
+
+
+def pending_files(path: Path) -> tuple[Path, Path]:
+    """What writing `path` may leave: itself, and what was to become it."""
+    return path, path.with_name(f"{path.name}.new")
 
 
 def write_pending(path: Path, pending: Pending) -> None:

@@ -181,6 +181,7 @@ def _recovered(journal: Journal, way: _Way) -> Recovered:
         record = journal.groups[number]
         first = _where_to_begin(record, journal.step) if number == journal.group else 0
         if number != journal.group:
+            journal.forget_deleted()
             journal.group, journal.step, journal.altered = number, 0, False
         if record.copy is not None and first == 0:
             # Made again in the same file: nobody, we included, may hold that one.

@@ -71,7 +71,9 @@ def open_files(journal: Journal) -> Iterator[Files]:
     by_id: dict[FileId, HostFile] = {}
     with contextlib.ExitStack() as stack:
         for known in journal.chain:
-            if not os.path.lexists(known.path):
+            # Of what is not known by its number, such as a copy that is to be made again, no
+            # file is ours; it may even have the number of one that was deleted.
+            if known.id.inode == 0 or not os.path.lexists(known.path):
                 continue
             file = HostFile(known.path)
             linked = known.path.is_symlink() and not file.is_block_device
@@ -98,7 +100,8 @@ def renumber(journal: Journal, files: Files) -> None:
     """Take over new device numbers: the same files, on a file system mounted anew.
 
     A number is taken over when a file of that inode, size and header has it, and no
-    file of the chain still has the old one.
+    file of the chain still has the old one. Where all were being written to, size and header
+    say nothing: then all of them must have their names and inodes on the same new one.
     """
     by_inode: dict[int, list[HostFile]] = {}
     for file in files.values():
@@ -113,12 +116,25 @@ def renumber(journal: Journal, files: Files) -> None:
             alike = index not in journal.unsettled and state_of(file).same_content(known.state)
             if alike and not file.is_block_device:
                 new[known.id.device] = file.id.device
+    for device in {known.id.device for known in journal.chain} - {-1, *new}:
+        there = [n for n, known in enumerate(journal.chain) if known.id.device == device]
+        moved = {_moved_to(journal.chain[index], files) for index in there}
+        if len(moved) == 1 and None not in moved and journal.unsettled.issuperset(there):
+            new[device] = moved.pop() or 0
     for known in journal.chain:
         if known.id in present:
             new.pop(known.id.device, None)
     for index, known in enumerate(journal.chain):
         device = new.get(known.id.device, known.id.device)
         journal.chain[index] = replace(known, id=FileId(device, known.id.inode))
+
+
+def _moved_to(known: LayerRecord, files: Files) -> int | None:
+    """The device on which its name leads to a file of its inode; None if none does."""
+    file = files.get(known.path)
+    if file is None or file.is_block_device or file.id.inode != known.id.inode:
+        return None
+    return file.id.device
 
 
 def _same_device(journal: Journal, index: int, file: HostFile | None) -> None:
