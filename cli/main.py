@@ -37,7 +37,7 @@ _parsing = importlib.import_module(typer.BadParameter.__module__)
 _CLOSED = 141
 """As a shell reports a process that SIGPIPE ended."""
 
-_LATER = ("domain", "fleet", "lab")
+_LATER = ("fleet", "lab")
 
 _COMMANDS = {
     "info": "info",
@@ -65,6 +65,9 @@ _COMMANDS = {
 }
 """The commands, in the order of the help, and the function that each is: the module, and its
 name in there where that is another one."""
+
+_GROUPS = {"domain": "domain"}
+"""Commands of commands, and the module whose `app` each is."""
 
 
 def _version(wanted: bool) -> None:
@@ -99,14 +102,23 @@ def _app(wanted: str | None) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
+    if wanted in _GROUPS:
+        _add_group(app, wanted)
+        return app
     for name in [wanted] if wanted in _COMMANDS else _COMMANDS:
         module, _, function = _COMMANDS[name].partition(".")
         found = importlib.import_module(f".{module}", __package__)
         app.command(name)(getattr(found, function or module))
     if wanted not in _COMMANDS:
+        for name in _GROUPS:
+            _add_group(app, name)
         for name in _LATER:
             _add_refusal(app, name)
     return app
+
+
+def _add_group(app: typer.Typer, name: str) -> None:
+    app.add_typer(importlib.import_module(f".{_GROUPS[name]}", __package__).app, name=name)
 
 
 def _add_refusal(app: typer.Typer, name: str) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from .planning import Wanted
 
-__all__ = ["carry_out", "ending_in_order", "merge"]
+__all__ = ["carry_out", "ending_in_order", "merge", "result_json", "result_text"]
 
 
 @command
@@ -96,9 +96,9 @@ def carry_out(
                 result = execute(plan, chain, None, reporter)
             with done_already("the merge is done"):
                 if common.json:
-                    write_json(document | _result_json(result))
+                    write_json(document | result_json(result))
                 elif plan.steps:
-                    write(_result_text(result))
+                    write(result_text(result))
 
 
 def _ask(name: str, plan: Plan, shown: bool) -> None:
@@ -144,7 +144,8 @@ def ending_in_order(changing: bool = False) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _result_json(result: MergeResult) -> dict[str, Any]:
+def result_json(result: MergeResult) -> dict[str, Any]:
+    """What was verified, with the names that outside scripts rely on."""
     verified = {
         "mode": result.mode,
         "compared_bytes": result.compared_bytes,
@@ -153,7 +154,8 @@ def _result_json(result: MergeResult) -> dict[str, Any]:
     return {"verified": verified, "seconds": round(result.seconds, 3)}
 
 
-def _result_text(result: MergeResult) -> str:
+def result_text(result: MergeResult) -> str:
+    """What was verified, for a person."""
     from .tables import seconds_text, size_text
 
     took = f"\nMerged in {seconds_text(result.seconds)}; "

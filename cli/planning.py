@@ -32,6 +32,7 @@ __all__ = [
     "opened_and_planned",
     "options_of",
     "program",
+    "qemu_version",
     "refuse",
     "save_plan",
     "show_plan",
@@ -123,11 +124,13 @@ def opened_and_planned(
         request, options = wanted(tree)
         with common.reporter() as reporter:
             reporter.step("planning", sum(tree.layers[index].size for index in tree.actives))
-            plan = make_plan(tree, request, options, progress=reporter.advance, version=_version())
+            plan = make_plan(
+                tree, request, options, progress=reporter.advance, version=qemu_version()
+            )
         yield tree, plan
 
 
-def _version() -> tuple[int, int, int] | None:
+def qemu_version() -> tuple[int, int, int] | None:
     """Of the qemu-img that would do the work; None where there is none: a plan needs it not."""
     from qchain.errors import ImageError
     from qchain.run.qemu_img import QemuImg

@@ -39,6 +39,7 @@ def recover(
     """Finish merges that were stopped (exit 0: nothing is left to do)."""
     from qchain.run.recover import journals_at, recover
 
+    from .domainrecover import domains_at
     from .merge import ending_in_order
 
     if give_up_dropped and not back:
@@ -46,22 +47,27 @@ def recover(
 
     with ending_in_order(changing=True):
         with common.reporter() as reporter:
-            done = recover(
-                journals_at(where), back=back, give_up_dropped=give_up_dropped, observer=reporter
-            )
+            # A merge that is part of a change to a domain is finished, or put back, with it.
+            domains = domains_at(where, back, reporter)
+            left = [] if domains and not where.exists() else journals_at(where)
+            done = recover(left, back=back, give_up_dropped=give_up_dropped, observer=reporter)
         with done_already("nothing is left to recover"):
             if common.json:
-                write_json({"recovered": [_json(one) for one in done]})
+                fields = {"domains": domains} if domains else {}
+                write_json({"recovered": [_json(one) for one in done]} | fields)
             else:
-                _show(done)
+                _show(done, domains)
 
 
-def _show(done: Sequence[Recovered]) -> None:
+def _show(done: Sequence[Recovered], domains: Sequence[dict[str, str]]) -> None:
+    for each in domains:
+        line = f"domain {each['domain']}: {each['words']}: {each['outcome']}"
+        write(f"{printable(line)}\n")
     for one in done:
         write(f"{printable(one.active)}: {one.outcome}\n")
         for path in one.altered:
             write(f"{printable(path)}: no longer reads as before the merge\n")
-    if not done:
+    if not (done or domains):
         write("Nothing is unfinished.\n")
 
 

@@ -11,8 +11,12 @@ import signal
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from libvirtd import Daemon
 
 STRICT = bool(os.environ.get("QCHAIN_NO_SKIP") or os.environ.get("CI"))
 
@@ -69,3 +73,11 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     report = yield
     _fail_if_skipped(report)
     return report
+
+
+@pytest.fixture(scope="session")
+def libvirtd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A libvirt for the tests of this worker alone."""
+    from libvirtd import daemon_in
+
+    yield from daemon_in(tmp_path_factory.mktemp("libvirt"))

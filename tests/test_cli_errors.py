@@ -57,7 +57,7 @@ def test_wrong_usage(arguments: list[str], words: str) -> None:
     assert result.out == ""
 
 
-@pytest.mark.parametrize("name", ["domain", "fleet", "lab"])
+@pytest.mark.parametrize("name", ["fleet", "lab"])
 def test_commands_of_later_versions(name: str) -> None:
     line = run(name, "--anything", "x").fails(3)
     assert name in line and "later version" in line

@@ -17,6 +17,8 @@ PROGRAMS = ("qemu-img", "qemu-io", "mke2fs", "debugfs", "e2fsck", "sfdisk")
 FOR_TESTS = (
     *("mkfs.ext4", "e2image", "getfacl", "setfacl", "strace", "mount", "losetup", "chromium"),
     *("mkfs.xfs", "mkfs.ntfs", "mkfs.vfat", "mkswap", "mkfs.btrfs"),
+    *("libvirtd", "virtlogd", "virsh", "gcc", "pkg-config", "unshare"),
+    *("qemu-system-x86_64", "python3-config"),
 )
 
 
@@ -69,10 +71,10 @@ chmod +x .venv/bin/python""",
 
 
 APT = "apt-get install -y -qq --no-install-recommends -o Dpkg::Use-Pty=0"
-INSTALL = [
-    "pip -m pip install --quiet --disable-pip-version-check -e .[bench,dev]",
-    "pip -m compileall -q qchain cli",
-]
+PIP = "pip -m pip install --quiet --disable-pip-version-check -e"
+COMPILE = "pip -m compileall -q qchain cli"
+INSTALL = [f"{PIP} .[bench,dev]", COMPILE]
+FOR_TESTS_TOO = ["pip -m pip --version", f"{PIP} .[bench,dev,libvirt]", COMPILE]
 
 
 def test_a_bare_machine_gets_packages_and_environment_once(tmp_path: Path) -> None:
@@ -97,8 +99,9 @@ def test_only_what_changed_is_done_again(tmp_path: Path) -> None:
     assert machine.setup() == (0, [], "")
     code, calls, _ = machine.setup("tests")
     assert code == 0
-    assert calls == ["apt-get update -qq", f"{APT} strace"]
+    assert calls == ["apt-get update -qq", f"{APT} strace", *FOR_TESTS_TOO]
     assert machine.setup("tests") == (0, [], "")
+    assert machine.setup() == (0, [], "")
 
 
 def test_a_checkout_that_was_moved_gets_a_new_environment(tmp_path: Path) -> None:

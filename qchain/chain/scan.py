@@ -15,6 +15,7 @@ from qchain.errors import ImageError
 from qchain.hostfile import FileId, HostFile, names_in
 
 __all__ = [
+    "DOMAIN_SUFFIX",
     "JOURNAL_SUFFIX",
     "WORK_PREFIX",
     "Overlay",
@@ -24,6 +25,7 @@ __all__ = [
     "overlays_in",
     "places_of",
     "unfinished",
+    "unfinished_domains",
     "unfinished_of",
 ]
 
@@ -32,6 +34,10 @@ WORK_PREFIX = ".qchain-"
 
 
 JOURNAL_SUFFIX = ".journal"
+
+DOMAIN_SUFFIX = ".domain"
+"""Journals of changes to a domain of libvirt, of which a merge may be a part."""
+
 _MAX_JOURNAL = 64 << 20
 
 SMALLEST_IMAGE = 64
@@ -121,6 +127,15 @@ def unfinished(directories: Iterable[Path]) -> list[Path]:
 
     Pointers to a journal in another directory (see `qchain.run.journal`) count.
     """
+    return _journals(directories, JOURNAL_SUFFIX)
+
+
+def unfinished_domains(directories: Iterable[Path]) -> list[Path]:
+    """The journals of changes to domains that are not finished, and pointers to them."""
+    return _journals(directories, DOMAIN_SUFFIX)
+
+
+def _journals(directories: Iterable[Path], suffix: str) -> list[Path]:
     found: set[Path] = set()
     for directory in directories:
         # Where nothing can be listed no merge of ours can have been.
@@ -128,7 +143,7 @@ def unfinished(directories: Iterable[Path]) -> list[Path]:
             found |= {
                 directory / name
                 for name in names_in(directory)
-                if name.startswith(WORK_PREFIX) and name.endswith(JOURNAL_SUFFIX)
+                if name.startswith(WORK_PREFIX) and name.endswith(suffix)
             }
     return sorted(path for path in found if path.is_file())
 

@@ -136,11 +136,13 @@ def make_plan(
     model: TimeModel = DEFAULT,
     progress: Callable[[int, int], None] | None = None,
     version: Version | None = None,
+    token: str | None = None,
 ) -> Plan:
     """Plan the merge that drops the requested points of `chain`.
 
     Args:
         version: of the qemu-img that will do the work; what is not known is taken for 7.2.
+        token: for the journal's name, where the merge is a part of something larger.
 
     Raises: `UsageError` for a request that makes no sense, with `options.exact` also
         `ImageError` when contents cannot be read. What speaks against the merge is in
@@ -155,13 +157,13 @@ def make_plan(
     changed = {index for group in bare for index in group.members}
     changed |= {above for group in bare for above in tree.overlays[group.kept]}
     links = stand_for_links(layers[index] for index in sorted(changed))
-    unfinished = unfinished_refusals(layers, bare)
+    unfinished = unfinished_refusals(layers, bare, token or "")
     chosen = choices(tree, bare, options, model, progress, behaviour_of(version))
     refusals = _refusals(tree, chosen, options)
     # What a stopped merge left in place speaks of nothing but that merge.
     refusals = unfinished or refusals
     plans: list[GroupPlan] = []
-    token = secrets.token_hex(3)
+    token = token or secrets.token_hex(3)
     results: dict[int, list[Above]] = {}
     files = {layer.path.absolute(): layer for layer in layers}
     files |= {Path(os.path.abspath(layer.path)): layer for layer in layers}

@@ -9,7 +9,17 @@ from pathlib import Path
 from qchain.chain.chain_tree import ChainTree
 from qchain.chain.layer import Layer
 from qchain.chain.names import resolve_backing
-from qchain.chain.scan import Unseen, identity, journal_names, overlays_in, places_of, unfinished
+from qchain.chain.scan import (
+    DOMAIN_SUFFIX,
+    WORK_PREFIX,
+    Unseen,
+    identity,
+    journal_names,
+    overlays_in,
+    places_of,
+    unfinished,
+    unfinished_domains,
+)
 from qchain.hostfile import FileId, mount_id
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
@@ -186,10 +196,15 @@ def stranger_refusals(
     return out
 
 
-def unfinished_refusals(layers: Sequence[Layer], groups: Sequence[Group]) -> list[str]:
+def unfinished_refusals(
+    layers: Sequence[Layer], groups: Sequence[Group], token: str = ""
+) -> list[str]:
     """Merges in the chain's directories that were stopped and not finished.
 
     Those of other chains, which share with it what neither merges, do not matter.
+
+    Args:
+        token: of the change to a domain that the merge is a part of.
     """
     names = [os.path.realpath(layer.path) for layer in layers]
     merged = {names[index] for group in groups for index in group.members}
@@ -201,6 +216,11 @@ def unfinished_refusals(layers: Sequence[Layer], groups: Sequence[Group]) -> lis
         out.append(
             f"{path}: a merge of this chain is not finished; 'qchain recover {path.parent}' first"
         )
+    out += [
+        f"{path}: a change to a domain is not finished here; 'qchain recover {path.parent}' first"
+        for path in unfinished_domains({layer.path.absolute().parent for layer in layers})
+        if path.name != f"{WORK_PREFIX}{token}{DOMAIN_SUFFIX}"
+    ]
     return out
 
 

@@ -218,7 +218,7 @@ def execute(
                 _unchanged(layers)
                 groups = [group.group for group in plan.groups]
                 late = overlay_refusals(layers, groups, plan.options)
-                for line in late + unfinished_refusals(layers, groups):
+                for line in late + unfinished_refusals(layers, groups, plan.token):
                     raise Refused("merge", line, "")
             except KeyboardInterrupt:
                 raise KeyboardInterrupt("nothing was changed") from None

@@ -1,0 +1,1 @@
+"""Domains of libvirt: their disks' chains and their snapshot records, changed together."""
