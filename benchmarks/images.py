@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.measure import QEMU_IMG
 
-__all__ = ["copies", "filled", "overlays"]
+__all__ = ["copies", "filled", "layered", "overlays"]
 
 _MIB = 1 << 20
 
@@ -68,3 +68,22 @@ def overlays(base: Path, size: int) -> tuple[Path, Path]:
         _qemu_io(path, script)
         made.append(path)
     return made[0], made[1]
+
+
+def layered(directory: Path, size: int, large: str) -> list[Path]:
+    """base <- mid <- top, a disk of `size` bytes: `large` ("mid" or "top") holds most of it."""
+    base = directory / "base.qcow2"
+    _qemu_img("create", "-f", "qcow2", base, str(size))
+    made = [base]
+    for name in ("mid", "top"):
+        path = directory / f"{name}.qcow2"
+        _qemu_img("create", "-f", "qcow2", "-b", made[-1].name, "-F", "qcow2", path)
+        made.append(path)
+    for number, path in enumerate(made):
+        length = 60 if path.stem == large else 4
+        script = "".join(
+            f"write -q -P {1 + (number * 80 + at // _MIB) % 250} {at} {length}M\n"
+            for at in range(0, size - 64 * _MIB + 1, 64 * _MIB)
+        )
+        _qemu_io(path, script)
+    return made

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["QCHAIN", "QEMU_IMG", "ROOT", "Sample", "command", "library", "side_by_side"]
+__all__ = ["QCHAIN", "QEMU_IMG", "ROOT", "Runner", "Sample", "command", "library", "side_by_side"]
 
 ROOT = Path(__file__).resolve().parent.parent
 QCHAIN = str(Path(sys.executable).with_name("qchain"))

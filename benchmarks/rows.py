@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks.images import copies, filled, overlays
 from benchmarks.measure import QCHAIN, QEMU_IMG, Sample, command, library, side_by_side
+from benchmarks.merges import merges
 from benchmarks.report import Row
 from fixtures.bigmeta import build_big_chain
 
@@ -186,5 +187,6 @@ class Named:
 
 
 GROUPS = tuple(
-    Named(group.__name__, group) for group in (startup, contents, shared, depth, metadata, large)
+    Named(group.__name__, group)
+    for group in (startup, contents, shared, merges, depth, metadata, large)
 )

@@ -9,7 +9,7 @@ import typer
 
 from qchain.errors import printable
 
-from .options import Carrying, Common, command
+from .options import Carrying, Common, Engine, command
 from .output import absolute, done_already, write, write_json
 
 if TYPE_CHECKING:
@@ -91,10 +91,12 @@ def copy(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the commands, shell-quoted, in order.")
     ] = False,
+    engine: Engine = "auto",
 ) -> None:
     """Copy ACTIVE's content to a new file (over BASE), as blockcopy."""
     import shlex
 
+    from qchain.plan.options import MergeOptions
     from qchain.plan.selection import find_layer
     from qchain.run.copy import copy_point, planned_copy
 
@@ -105,8 +107,13 @@ def copy(
 
     with open_for(active, common, reads=dry_run) as chain:
         wanted = planned_copy(
-            chain, destination, None if base is None else find_layer(base, chain.layers)
+            chain,
+            destination,
+            None if base is None else find_layer(base, chain.layers),
+            MergeOptions(engine=engine).engines[0],
         )
+        if dry_run and wanted.native:
+            write(f"# qchain itself: copy {printable(active)} to {printable(destination)}\n")
         if dry_run:
             for argv in wanted.commands():
                 write(shlex.join([program(), *argv]) + "\n")

@@ -168,13 +168,16 @@ class Point(Common):
     ] = None
 
 
+Engine = Annotated[
+    str, typer.Option("--engine", metavar="WHO", help=f"Who writes: {one_of(ENGINES)}.")
+]
+
+
 @dataclass(frozen=True)
 class Carrying:
     """The options of every command that merges: how it is done."""
 
-    engine: Annotated[str, typer.Option("--engine", metavar="WHO", help=f"{one_of(ENGINES)}.")] = (
-        "auto"
-    )
+    engine: Engine = "auto"
     scan: Annotated[
         list[Path] | None,
         typer.Option("--scan", metavar="DIR", help="Look here for other overlays (repeatable)."),

@@ -297,12 +297,14 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
     drawn = facts(lines, out.width)
     out.print(drawn, end="", soft_wrap=True)
     rows = []
+    native = any(candidate.engine == "native" for candidate in group.candidates)
     for candidate in group.candidates:
         if candidate.feasible:
             rows.append(
                 (
                     "*" if candidate is group.chosen else "",
                     candidate.strategy,
+                    *([candidate.engine] if native else []),
                     "a new file" if candidate.target is None else names[candidate.target],
                     size_text(candidate.read_bytes),
                     size_text(candidate.write_bytes),
@@ -316,6 +318,7 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
         heads = (
             "",
             "strategy",
+            *(["engine"] if native else []),
             "into",
             "reads>",
             "writes>",
@@ -328,7 +331,7 @@ def _show_group(out: Console, plan: Plan, group: GroupPlan, fields: dict[str, An
         out.print(table(heads, rows, out.width))
     for candidate in group.candidates:
         # What is shared is named above, at "leaves".
-        left_out = (candidate.reason or "").startswith("--strategy ")
+        left_out = (candidate.reason or "").startswith(("--strategy ", "--engine "))
         left_out = left_out or candidate.target in group.group.shared
         if not candidate.feasible and not left_out:
             into = "a new file" if candidate.target is None else names[candidate.target]

@@ -68,6 +68,10 @@ class Disk:
         if complete:
             assert sorted(p.name for p in self.directory.iterdir()) == sorted(results)
 
+    def expect_point(self, path: Path) -> None:
+        """The image reads as its point did, leaked clusters or not."""
+        assert raw_of(path, format_of(path)) == self.points[path.name], path.name
+
     def backing_of(self, name: str) -> tuple[str | None, str | None]:
         """Backing name and format that the header of `name` records."""
         info = qemu_info(self.directory / name)

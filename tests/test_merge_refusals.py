@@ -449,16 +449,6 @@ def test_a_strategy_that_is_not_possible(tmp_path: Path, case: Impossible) -> No
 
 
 @pytest.mark.parametrize(
-    "asked",
-    [{"engine": "native"}],
-    ids=str,
-)
-def test_what_comes_with_later_versions_is_refused_by_name(asked: dict[str, Any]) -> None:
-    with pytest.raises(Refused, match=f"--.*{next(iter(asked.values()))}"):
-        MergeOptions(**asked)
-
-
-@pytest.mark.parametrize(
     "request_",
     [
         Request(),

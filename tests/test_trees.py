@@ -181,6 +181,7 @@ def test_the_order_has_the_least_peak(
     strategy=st.sampled_from(["auto", "auto", "pull", "commit", "both", "copy"]),
     names=st.sampled_from(["kept", "lowest", "target"]),
     prefer=st.sampled_from(["time", "writes", "space"]),
+    engine=st.sampled_from(["qemu-img", "native"]),
 )
 def test_every_kept_point_of_a_tree_reads_the_same(
     tree: dict[str, tuple[str | None, LayerSpec]],
@@ -188,6 +189,7 @@ def test_every_kept_point_of_a_tree_reads_the_same(
     strategy: str,
     names: str,
     prefer: str,
+    engine: str,
 ) -> None:
     tops = leaves(tree)
     drop = [name for name, pick in zip(tree, picks, strict=False) if pick and name not in tops]
@@ -196,7 +198,7 @@ def test_every_kept_point_of_a_tree_reads_the_same(
         disk = grown(Path(temporary), dict(tree))
         files = [str(path) for path in found_in(disk, drop)]
         options = MergeOptions(
-            strategy=strategy, names=names, prefer=prefer, allow_format_change=True
+            strategy=strategy, names=names, prefer=prefer, engine=engine, allow_format_change=True
         )
         with open_tree(found_in(disk, tops)) as opened:
             plan = make_plan(opened, Request(drop=tuple(files)), options)
@@ -258,11 +260,16 @@ def killed_before(disk: Disk, tops: list[Path], options: MergeOptions, number: i
 
 
 @pytest.mark.parametrize("names", ["kept", "lowest", "target"])
-@pytest.mark.parametrize("strategy", ["auto", "pull", "copy"])
-def test_killed_between_steps_and_recovered(tmp_path: Path, names: str, strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "engine"),
+    [*((each, "qemu-img") for each in ("auto", "pull", "copy")), ("auto", "native")],
+)
+def test_killed_between_steps_and_recovered(
+    tmp_path: Path, names: str, strategy: str, engine: str
+) -> None:
     if (names, strategy) == ("target", "copy"):
         strategy = "pull"  # a copy has no name of its own
-    options = MergeOptions(names=names, strategy=strategy)
+    options = MergeOptions(names=names, strategy=strategy, engine=engine)
     stride = 1 if "QCHAIN_TORTURE" in os.environ else 5
     number, count = len(names + strategy) % stride, None
     while count is None or number < count:

@@ -14,6 +14,7 @@ from qchain.plan.clusters import ClusterCount
 from qchain.plan.copying import new_file_bytes
 from qchain.plan.growth import Growth, growth_of
 from qchain.plan.model import DEFAULT, TimeModel
+from qchain.plan.native import costs_of, no_native
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
 from qchain.plan.space import device_shortage, freed_by, highest, taken_by
@@ -199,6 +200,8 @@ def figures_of(
 ) -> list[Candidate]:
     """What every target of the group would cost, the kept image first, possible or not.
 
+    First by qemu-img; then by the native engine, if it is among the engines, the new file last.
+
     Raises: `ImageError` when the contents cannot be read (`options.exact`).
     """
     options = options or MergeOptions()
@@ -224,6 +227,40 @@ def figures_of(
     for position, (traffic, count) in enumerate(zip(counted, clusters, strict=True)):
         grown = growth_of(members[position], count, bitmaps.room(group.members[position]))
         out.append(_figures(layers, group, position, traffic, grown, model, exact))
+    if "native" in options.engines:
+        out += _native_figures(layers, group, out, model)
+    return out
+
+
+def _native_figures(
+    layers: Sequence[Layer], group: Group, others: Sequence[Candidate], model: TimeModel
+) -> list[Candidate]:
+    """By the native engine, the new file last."""
+    out = []
+    for cost in costs_of(layers, group, [each.traffic for each in others]):
+        position = 0 if cost.target is None else group.members.index(cost.target)
+        strategy = "copy" if cost.target is None else strategy_of(position, group.count)
+        growth = None
+        if cost.target is not None and cost.reason is None:
+            growth = cost.growth(layers[cost.target])
+        out.append(
+            Candidate(
+                strategy,
+                "native",
+                cost.target,
+                cost.reason,
+                cost.moved.copied,
+                cost.moved.copied + cost.moved.written,
+                cost.moved.calls,
+                cost.grows,
+                cost.grows,
+                0,
+                cost.seconds(len(group.line), model),
+                cost.traffic(others[position].traffic),
+                growth,
+                True,
+            )
+        )
     return out
 
 
@@ -236,14 +273,20 @@ def candidates_of(
         figures: what `figures_of` gave for the group.
     """
     out = []
-    for found in figures:
+    for found in (*figures, _copy(tree, group, figures[0], options)):
         target, growth = found.target, found.growth
-        assert target is not None and growth is not None
-        reason = obstacle(tree, group, target, options)
-        reason = reason or device_shortage(tree.layers[target], growth)
+        if found.engine not in options.engines:
+            reason: str | None = f"--engine {options.engines[0]} was asked for"
+        elif target is None:
+            reason = _no_copy(tree, group, options)
+        else:
+            reason = obstacle(tree, group, target, options)
+            if growth is not None:
+                reason = reason or device_shortage(tree.layers[target], growth)
+        if found.engine == "native":
+            reason = reason or found.reason or no_native(tree.layers, group, target, options)
         freed = 0 if options.keep_files else freed_by(tree.layers, group, target)
         out.append(replace(found, reason=reason, freed_bytes=freed))
-    out.append(_copy(tree, group, figures[0], options))
     return out
 
 
@@ -275,13 +318,13 @@ def _copy(
         "copy",
         "qemu-img",
         None,
-        _no_copy(tree, group, options),
+        None,
         copied + traffic.pull_read_bytes,
         written,
         traffic.extents,
         room,
         room,
-        0 if options.keep_files else freed_by(tree.layers, group, None),
+        0,
         round(seconds, 3),
         traffic,
     )

@@ -16,7 +16,7 @@ from qchain.plan.model import TimeModel
 from qchain.plan.options import MergeOptions
 from qchain.plan.order import Job, least_peak_order
 from qchain.plan.selection import Group
-from qchain.plan.space import Change, changes_of, copy_changes, peaks
+from qchain.plan.space import Change, append_changes, changes_of, copy_changes, peaks
 from qchain.plan.steps import Step
 from qchain.plan.versions import Behaviour
 from qchain.verify.manifest import manifest_bytes
@@ -80,6 +80,8 @@ def space_of(layers: Sequence[Layer], plan: GroupPlan, options: MergeOptions) ->
         return []
     if chosen.target is None:
         changes = copy_changes(layers, group, chosen.target_growth_bytes, options.keep_files)
+    elif chosen.growth is not None and chosen.engine == "native":
+        changes = append_changes(layers, group, chosen.target, chosen.growth, options.keep_files)
     else:
         assert chosen.growth is not None
         changes = changes_of(layers, group, chosen.target, chosen.growth, options.keep_files)
@@ -116,10 +118,12 @@ def _jobs(
     return jobs
 
 
+_ASKED = ("--strategy ", "--engine ")
+
+
 def impossible(layers: Sequence[Layer], plan: GroupPlan, options: MergeOptions) -> str:
     """The refusal of a group for which no way is possible."""
-    asked = (f"--strategy {options.strategy} was asked for", "--strategy copy was not asked for")
-    others = [c for c in plan.candidates if c.reason not in asked]
+    others = [c for c in plan.candidates if not (c.reason or "").startswith(_ASKED)]
     told = [c for c in others if c.strategy == options.strategy] or others
     kept = layers[plan.group.kept].path
     if not told:

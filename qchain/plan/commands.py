@@ -200,6 +200,11 @@ def resize_shrink_argv(image: str | Path, image_format: str, size: int) -> list[
     return ["resize", "-q", "--shrink", "-f", image_format, safe_name(image), str(size)]
 
 
+def check_leaks_argv(image: str | Path) -> list[str]:
+    """Free the clusters of `image` that nothing refers to."""
+    return ["check", "-q", "-r", "leaks", "-f", "qcow2", safe_name(image)]
+
+
 def bitmap_remove_argv(image: str | Path, name: str) -> list[str]:
     """Remove the bitmap `name`; one that is in use may be removed too."""
     return ["bitmap", "-f", "qcow2", "--remove", "--", safe_name(image), name]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qchain.chain.layer import Layer
-from qchain.plan.steps import Command, HardLink, Step
+from qchain.plan.steps import Command, HardLink, NativeCopy, Step
 from qchain.qcow2.extensions import BACKING_FORMAT
 from qchain.qcow2.header import Header
 from qchain.qcow2.header_limits import MAX_BACKING_NAME
@@ -39,6 +39,14 @@ def naming_refusals(steps: Sequence[Step], files: Mapping[Path, Layer]) -> list[
                         f"{len(name)} bytes, at most {room(layer.header)}; use shorter names, or "
                         "another --strategy or --names"
                     )
+            case NativeCopy(image, str(name)) if image in files:
+                header = files[image].header
+                most = 0 if header is None else new_room(header)
+                if len(os.fsencode(name)) > most:
+                    out.append(
+                        f"{files[image].path}: a new header like its own has no room for a backing "
+                        f"name of {len(os.fsencode(name))} bytes, at most {most}; use shorter names"
+                    )
             case HardLink(_, link) if len(os.fsencode(link.name)) > _longest(link.parent):
                 out.append(
                     f"{link}: this name is too long for its filesystem; use a shorter one for "
@@ -59,6 +67,12 @@ def room(header: Header) -> int:
     used += sum(8 + -(-len(each.data) // 8) * 8 for each in header.extensions)
     if not any(each.type == BACKING_FORMAT for each in header.extensions):
         used += 16
+    return max(0, min(MAX_BACKING_NAME, header.cluster_size - used))
+
+
+def new_room(header: Header) -> int:
+    """The same of a new file with its features, written by the native engine."""
+    used = (_V2_LENGTH if header.version == 2 else _V3_LENGTH) + 16 + 8
     return max(0, min(MAX_BACKING_NAME, header.cluster_size - used))
 
 

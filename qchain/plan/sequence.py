@@ -41,6 +41,9 @@ from qchain.plan.steps import (
     Freeze,
     HardLink,
     MakeDirectory,
+    NativeFree,
+    NativeSwitch,
+    NativeWrite,
     RemoveDirectory,
     Rename,
     Step,
@@ -100,6 +103,8 @@ class _Builder:
         self.direct = self.pulls and (self.t.file.is_block_device or bool(self.elsewhere))
         # The kept image's bitmaps are to outlive a commit that is killed.
         self.covered = self.t is not self.j and has_bitmaps(self.j)
+        self.native = self.candidate.engine == "native"
+        self.pending = self.work / "pending"
 
     def add(self, *steps: Step) -> None:
         self.steps.extend(steps)
@@ -250,10 +255,26 @@ class _Builder:
         )
         self.add(Sync(self.t_path))
 
+    def write(self) -> None:
+        """All of it by the native engine: the target reads as before until the switch."""
+        verb = "pull" if self.t is self.j else "merge"
+        label = f"{verb} into {self.t_path.name}"
+        name, fmt = self.way(self.final()), self.backing_format()
+        weight = self.candidate.write_bytes
+        self.add(NativeWrite(self.t_path, self.pending, name, fmt, weight, label))
+        self.add(Sync(self.t_path))
+
+    def switch_header(self) -> None:
+        """One sector: the old tables or the new ones, both read right."""
+        self.add(NativeSwitch(self.t_path, self.pending), Sync(self.t_path))
+        self.add(Confirm(self.t_path, self.new_backing(), self.backing_format()))
+        self.add(NativeFree(self.t_path, self.pending), Sync(self.t_path))
+
     def verify(self) -> None:
         if self.options.verify == "none":
             return
-        new = self.work / "image" if self.pulls and not self.direct else self.t_path
+        own = not self.pulls or self.direct or self.native
+        new = self.t_path if own else self.work / "image"
         below = self.new_backing()
         moved = self.candidate.traffic.commit_bytes + self.candidate.traffic.pull_bytes
         if self.options.verify == "full":
@@ -262,7 +283,12 @@ class _Builder:
             moved += self.j.size
         formats = (self.j.format, self.t.format)
         manifest = self.manifest if self.options.verify == "manifest" else None
-        self.add(Compare(self.j_path, new, below, *formats, moved, self.backing_format(), manifest))
+        pending = self.pending if self.native else None
+        self.add(
+            Compare(
+                self.j_path, new, below, *formats, moved, self.backing_format(), manifest, pending
+            )
+        )
 
     def way(self, final: Path) -> str | None:
         """The backing name during the switch: absolute where the directory changes."""
@@ -270,23 +296,29 @@ class _Builder:
             return self.backing_name(self.t_path.parent)
         return str(absolute_name(self.layers[self.group.below].path))
 
+    def final(self) -> Path:
+        """The name of the result."""
+        if self.options.names == "kept":
+            return self.j_path
+        if self.options.names == "lowest":
+            return absolute_name(self.lowest_owned.path)
+        return self.t_path
+
     def switch(self) -> Path:
         """Give the result its name; returns it."""
         directory = self.t_path.parent
-        if self.options.names == "kept":
-            final = self.j_path
-        elif self.options.names == "lowest":
-            final = absolute_name(self.lowest_owned.path)
-        else:
-            final = self.t_path
+        final = self.final()
         name_here, way = self.backing_name(directory), self.way(final)
         if self.options.keep_files and final != self.t_path:
             # Before any header changes: that it cannot be made must stop nothing halfway.
             self.add(HardLink(final, saved_name(final)))
-        if (self.pulls and not self.direct) or way != name_here:
+        linked = self.pulls and not self.direct and not self.native
+        if self.native:
+            self.switch_header()
+        elif linked or way != name_here:
             # Every cluster is durable: the header alone changes, j reads the same.
             self.point_to(self.t_path, way)
-        if self.pulls and not self.direct:
+        if linked:
             self.add(Unlink(self.work / "image"), Unlink(self.work / self.alias))
             self.add(Unlink(directory / self.alias))
         kept = self.group.kept if self.t is self.j else None
@@ -356,28 +388,32 @@ def sequence(
     builder = _Builder(layers, group, candidate, options, token, above, fate, elsewhere)
     builder.add(MakeDirectory(builder.work))
     builder.add(*bitmapsteps.save(layers, fate, builder.work, builder.j.size))
-    if builder.t is not builder.j:
+    if builder.t is not builder.j and not builder.native:
         builder.add(*bitmapsteps.prune(builder.t_path, fate.removed))
-    if builder.t.format == "qcow2":
+    if builder.t.format == "qcow2" and not builder.native:
         builder.add(Freeze(builder.t_path, builder.work / "before"))
     if options.verify == "manifest":
         builder.add(TakeManifest(builder.j_path, builder.manifest, builder.j.size))
-    if builder.t is not builder.j:
+    if builder.native:
+        builder.write()
+    elif builder.t is not builder.j:
         builder.commit()
-    if builder.direct:
+    if builder.direct and not builder.native:
         builder.pull_directly()
-    elif builder.pulls:
+    elif builder.pulls and not builder.native:
         builder.pull()
     builder.verify()
     final = builder.switch()
     builder.delete(final)
-    if builder.t.format == "qcow2":
+    if builder.native:
+        builder.add(Unlink(builder.pending))
+    elif builder.t.format == "qcow2":
         builder.add(Unlink(builder.work / "before"), Unlink(builder.work / "rescued"))
     if options.verify == "manifest":
         builder.add(*keep_manifest(builder.manifest, final, options))
     if fate.carried:
         builder.add(Unlink(builder.work / bitmapsteps.BITMAPS))
-    if builder.covered:
+    if builder.covered and not builder.native:
         builder.add(Unlink(builder.work / bitmapsteps.COVER))
     builder.add(RemoveDirectory(builder.work), Sync(builder.t_path.parent))
     return builder.steps, final

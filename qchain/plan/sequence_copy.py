@@ -24,6 +24,7 @@ from qchain.plan.steps import (
     Confirm,
     HardLink,
     MakeDirectory,
+    NativeCopy,
     RemoveDirectory,
     Rename,
     Step,
@@ -97,9 +98,13 @@ def copy_sequence(
 def _filled(
     layers: Sequence[Layer], group: Group, candidate: Candidate, image: Path, name: str | None
 ) -> list[Step]:
-    """The commands that give the new file its content, and its backing file the last name."""
+    """What gives the new file its content, and its backing file the last name."""
     kept, traffic = layers[group.kept], candidate.traffic
     below = None if group.below is None else layers[group.below]
+    if candidate.engine == "native":
+        label = f"copy {kept.path.name}"
+        fmt = None if below is None else below.format
+        return [NativeCopy(image, name, fmt, candidate.write_bytes, label)]
     told = [
         (f"copy {kept.path.name}", traffic.copy_bytes),
         ("pull into the copy", traffic.pull_bytes),

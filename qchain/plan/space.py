@@ -25,6 +25,7 @@ from qchain.plan.selection import Group
 
 __all__ = [
     "Change",
+    "append_changes",
     "changes_of",
     "copy_changes",
     "device_shortage",
@@ -88,6 +89,17 @@ def changes_of(
         out += [Change(file.id.device, -file.disk_size) for file in files]
     work = out[0]
     return [*out, Change(work.device, -work.amount)]
+
+
+def append_changes(
+    layers: Sequence[Layer], group: Group, target: int, growth: Growth, keep_files: bool
+) -> list[Change]:
+    """The same by the native engine, which needs no work files to speak of."""
+    out = [Change(layers[target].file.id.device, growth.file)]
+    if not keep_files:
+        files = _deleted(layers, group, target)
+        out += [Change(file.id.device, -file.disk_size) for file in files]
+    return out
 
 
 def copy_changes(

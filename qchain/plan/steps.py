@@ -10,6 +10,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from qchain.errors import printable
 from qchain.plan.commands import image_opts
 
 __all__ = [
@@ -21,6 +22,10 @@ __all__ = [
     "Freeze",
     "HardLink",
     "MakeDirectory",
+    "NativeCopy",
+    "NativeFree",
+    "NativeSwitch",
+    "NativeWrite",
     "RemoveDirectory",
     "Rename",
     "Step",
@@ -30,6 +35,7 @@ __all__ = [
     "TakeManifest",
     "Unlink",
     "shell_line",
+    "written_by",
 ]
 
 
@@ -50,6 +56,51 @@ class Command:
     """A commit also needs "consistent read" of what lies between its top and its base."""
     room: int = 0
     """Bytes by which the image written to may grow, from the group's first command on."""
+
+
+@dataclass(frozen=True, slots=True)
+class NativeCopy:
+    """The group's point in the new file `image`, written by the native engine.
+
+    `name`, `format`: of its backing file, as the header is to have them.
+    """
+
+    image: Path
+    name: str | None
+    format: str | None
+    weight: int = 0
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NativeWrite:
+    """The merged map appended to `image`, and what will be its header kept in `into`.
+
+    `name`, `format`: of its new backing file. Until the switch the image reads as before.
+    """
+
+    image: Path
+    into: Path
+    name: str | None
+    format: str | None
+    weight: int = 0
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NativeSwitch:
+    """One write: the header of `image` becomes the one in `source`."""
+
+    image: Path
+    source: Path
+
+
+@dataclass(frozen=True, slots=True)
+class NativeFree:
+    """The clusters of `image` that only its old header led to become free."""
+
+    image: Path
+    source: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +126,8 @@ class Compare:
 
     `below`: the chain that `new` is to be read over, whatever its header names, and
     the format of its uppermost image. `manifest`: what the result is to be held against, too.
+    `pending`: where the header is kept that `new` is to be read by, if that is not the one it
+    has.
     """
 
     old: Path
@@ -85,6 +138,7 @@ class Compare:
     weight: int = 0
     below_format: str | None = None
     manifest: Path | None = None
+    pending: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +232,10 @@ Step = (
     | Confirm
     | ConfirmBitmaps
     | MakeDirectory
+    | NativeCopy
+    | NativeFree
+    | NativeSwitch
+    | NativeWrite
     | RemoveDirectory
     | HardLink
     | SymbolicLink
@@ -189,11 +247,24 @@ Step = (
 )
 
 
+def written_by(step: Step) -> tuple[Path, ...]:
+    """The images that a step writes into."""
+    match step:
+        case Command():
+            return step.writes
+        case NativeWrite(image) | NativeSwitch(image) | NativeFree(image):
+            return (image,)
+        case _:
+            return ()
+
+
 def arguments(step: Step, program: str = "qemu-img") -> list[str] | None:
     """The command that does the same by hand; None where there is none."""
     match step:
         case Command(argv):
             return [program, *argv]
+        case Compare(pending=Path()):
+            return None
         case Compare(old, new, below, old_format, new_format, _, below_format):
             options: dict[str, str | Path] = {"driver": new_format, "file.filename": new}
             if below is not None and below_format is not None:
@@ -222,10 +293,28 @@ def arguments(step: Step, program: str = "qemu-img") -> list[str] | None:
             return ["rm", "-f", "--", str(path)]
         case Freeze() | TakeManifest() | Confirm() | Adopt() | ConfirmBitmaps():
             return None
+        case NativeCopy() | NativeWrite() | NativeSwitch() | NativeFree():
+            return None
 
 
 def shell_line(step: Step, program: str = "qemu-img") -> str | None:
-    """The step as one line for a shell, quoted; None where nothing is to be typed."""
+    """The step as one line for a shell, quoted; None where nothing is to be typed.
+
+    What qchain writes itself is a comment.
+    """
+    match step:
+        case NativeCopy() | NativeWrite():
+            return f"# qchain itself: {printable(step.label)}"
+        case Compare(old, new, pending=Path()):
+            return (
+                f"# qchain itself: compare {printable(new)}, as it will be, with {printable(old)}"
+            )
+        case NativeSwitch(image):
+            return f"# qchain itself: switch {printable(image)}, one write of its first 512 bytes"
+        case NativeFree(image):
+            return f"# qchain itself: free what only the old header of {printable(image)} led to"
+        case _:
+            pass
     words = arguments(step, program)
     if words is None:
         return None
@@ -246,6 +335,14 @@ def as_json(step: Step, program: str = "qemu-img") -> dict[str, object]:
             return {"compare": [str(old), str(new)], "below": None if below is None else str(below)}
         case Confirm(image, backing):
             return {"confirm": [str(image), None if backing is None else str(backing)]}
+        case NativeCopy(image, name):
+            return {"native": "copy", "image": str(image), "backing": name}
+        case NativeWrite(image, _, name):
+            return {"native": "write", "image": str(image), "backing": name}
+        case NativeSwitch(image):
+            return {"native": "switch", "image": str(image)}
+        case NativeFree(image):
+            return {"native": "free", "image": str(image)}
         case Adopt(image):
             return {"adopt": str(image)}
         case ConfirmBitmaps(image, names, gone):

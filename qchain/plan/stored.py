@@ -13,7 +13,8 @@ __all__ = ["step_from_json", "step_to_json"]
 
 _KINDS = {kind.__name__: kind for kind in get_args(Step)}
 _PATHS = frozenset({"path", "image", "into", "old", "new", "below", "backing", "existing",
-                    "link", "target", "source", "cwd", "final", "manifest"})  # fmt: skip
+                    "link", "target", "source", "cwd", "final", "manifest",
+                    "pending"})  # fmt: skip
 
 
 def step_to_json(step: Step) -> dict[str, object]:

@@ -20,9 +20,11 @@ from qchain.chain.ownership import ownership
 from qchain.chain.scan import WORK_PREFIX, unfinished_of
 from qchain.errors import FailedMidway, QchainError, Refused, UsageError
 from qchain.hostfile import HostFile
+from qchain.native.newfile import write_new_file
 from qchain.plan.copying import copy_argvs
 from qchain.plan.names import backing_name
-from qchain.plan.naming import room
+from qchain.plan.naming import new_room, room
+from qchain.plan.options import AUTO_ENGINES
 from qchain.qcow2.header import read_header
 from qchain.run.attributes import take_attributes
 from qchain.run.durable import fsync_directory, fsync_open
@@ -33,6 +35,7 @@ from qchain.run.private import open_private
 from qchain.run.qemu_img import QemuImg
 from qchain.run.whole import Whole
 from qchain.verify.compare import Comparison, compare
+from qchain.verify.shared import SharedExtents
 
 __all__ = ["Copy", "copy_point", "planned_copy"]
 
@@ -47,6 +50,7 @@ class Copy:
         base: index of the layer that the copy backs on; None: it stands alone.
         backing: that layer's name as the copy's header will have it.
         most: the bytes that the new file takes at most, its tables left out.
+        native: written by qchain itself, not by qemu-img.
     """
 
     chain: Chain
@@ -54,9 +58,16 @@ class Copy:
     base: int | None
     backing: str | None
     most: int
+    native: bool = False
+
+    @property
+    def base_format(self) -> str | None:
+        return None if self.base is None else self.chain.layers[self.base].format
 
     def commands(self, out: Path | None = None) -> list[list[str]]:
         """qemu-img's command lines; `out`: the file instead of the destination."""
+        if self.native:
+            return []
         layers, base = self.chain.layers, self.base
         return copy_argvs(
             layers[0],
@@ -67,11 +78,14 @@ class Copy:
         )
 
 
-def planned_copy(chain: Chain, destination: Path, base: int | None) -> Copy:
+def planned_copy(
+    chain: Chain, destination: Path, base: int | None, engine: str = AUTO_ENGINES[0]
+) -> Copy:
     """What a copy of the active point of `chain` to `destination` takes.
 
     Args:
         base: index of the layer to back on; None for a full copy.
+        engine: "qemu-img" or "native".
 
     Raises: `UsageError`, `Refused`: the name is taken, too little space, an image that
         cannot be copied.
@@ -93,12 +107,17 @@ def planned_copy(chain: Chain, destination: Path, base: int | None) -> Copy:
             raise Refused(layer.path, why, "use qemu-img by hand")
         if layer.header is not None and layer.header.has_data_file:
             raise Refused(layer.path, "has an external data file", "use qemu-img by hand")
+    native = engine == "native"
+    if native and active.format != "qcow2":
+        why = f"is {active.format}, and the native engine writes qcow2"
+        raise Refused(active.path, why, "leave out --engine")
     backing = None
     if base is not None:
         overlay, below = chain.layers[base - 1 : base + 1]
         backing = backing_name(overlay, below, destination.parent)
     header = active.header
-    if header is not None and backing is not None and len(os.fsencode(backing)) > room(header):
+    most_room = 0 if header is None else new_room(header) if native else room(header)
+    if header is not None and backing is not None and len(os.fsencode(backing)) > most_room:
         raise Refused(
             destination, "its header has no room for the backing name", "use a shorter one"
         )
@@ -109,7 +128,7 @@ def planned_copy(chain: Chain, destination: Path, base: int | None) -> Copy:
         raise Refused(
             destination, f"the copy needs up to {most} bytes there and {free} are free", "make room"
         )
-    return Copy(chain, destination, base, backing, most)
+    return Copy(chain, destination, base, backing, most, native)
 
 
 def copy_point(
@@ -158,7 +177,9 @@ def _made(wanted: Copy, fd: int, draft: Path, qemu: QemuImg, observer: Observer)
     """Fill the file open at `fd`, named `draft`, and compare it with the point."""
     argvs = wanted.commands(Path(f"/proc/self/fd/{fd}"))
     moving = [argv for argv in argvs if "-u" not in argv]
-    observer = Whole(observer, wanted.most * len(moving) + wanted.chain.size)
+    observer = Whole(observer, wanted.most * max(1, len(moving)) + wanted.chain.size)
+    if wanted.native:
+        _write(wanted, fd, draft, observer)
     for argv in argvs:
         moves = argv in moving
         observer.step(f"copy {wanted.chain.active.path.name}", wanted.most if moves else 0)
@@ -174,22 +195,37 @@ def _made(wanted: Copy, fd: int, draft: Path, qemu: QemuImg, observer: Observer)
             raise FailedMidway(draft, "is another file than the one that was made")
         layer = _layer(wanted, draft, file)
         below = () if wanted.base is None else wanted.chain.layers[wanted.base :]
-        found = compare([layer, *below], wanted.chain.layers, progress=observer.advance)
-    if not found.identical or layer.size != wanted.chain.size:
-        raise FailedMidway(
-            draft, f"the copy differs at guest offset {found.first_difference}", "qemu-img lied"
+        found = compare(
+            [layer, *below],
+            wanted.chain.layers,
+            extents=SharedExtents() if wanted.native else None,
+            progress=observer.advance,
         )
+    if not found.identical or layer.size != wanted.chain.size:
+        raise FailedMidway(draft, f"the copy differs at guest offset {found.first_difference}", "")
     return found
+
+
+def _write(wanted: Copy, fd: int, draft: Path, observer: Observer) -> None:
+    """By the native engine."""
+    layers, base, most = wanted.chain.layers, wanted.base, wanted.most
+    observer.step(f"copy {wanted.chain.active.path.name}", most)
+    write_new_file(
+        fd,
+        draft,
+        layers if base is None else layers[:base],
+        () if base is None else layers[base:],
+        (wanted.backing, wanted.base_format),
+        lambda done, total: observer.advance(most * done // max(1, total), most),
+    )
 
 
 def _layer(wanted: Copy, draft: Path, file: HostFile) -> Layer:
     """The new file as a layer; an exit code is no evidence of what its header says."""
-    base = wanted.base
     if wanted.chain.active.format == "raw":
         return RawLayer(draft, file)
     header = read_header(file)
     header.require_readable(draft)
-    fmt = None if base is None else wanted.chain.layers[base].format
-    if (header.backing_name, header.backing_format) != (wanted.backing, fmt):
+    if (header.backing_name, header.backing_format) != (wanted.backing, wanted.base_format):
         raise FailedMidway(draft, f"its header names {header.backing_name!r} as backing file")
     return Qcow2Layer(draft, file, header)

@@ -19,7 +19,15 @@ from qchain.chain.layer import Layer, close_layers
 from qchain.errors import Damaged, FailedMidway, QchainError, Refused
 from qchain.plan.plan import Plan
 from qchain.plan.refusals import overlay_refusals, unfinished_refusals
-from qchain.plan.steps import Command, Rename, Step, Sync, Unlink
+from qchain.plan.steps import (
+    Command,
+    NativeSwitch,
+    Rename,
+    Step,
+    Sync,
+    Unlink,
+    written_by,
+)
 from qchain.run.goback import altered as altered_points
 from qchain.run.goback import put_back
 from qchain.run.group import GroupRun, Observer
@@ -81,7 +89,7 @@ def run_group(
     try:
         for index in range(first, len(steps)):
             step = steps[index]
-            journal.write(number, index, step.writes if isinstance(step, Command) else ())
+            journal.write(number, index, written_by(step))
             if before_step is not None:
                 before_step(step)
             if _commits_to(step, run) - looked:
@@ -138,6 +146,7 @@ def _commits_to(step: Step, run: GroupRun) -> set[type[Step]]:
         isinstance(step, Rename)
         or (isinstance(step, Unlink) and step.path in names)
         or (isinstance(step, Command) and step.argv[:2] == ("rebase", "-u"))
+        or isinstance(step, NativeSwitch)
     )
     return {type(step)} if final else set()
 

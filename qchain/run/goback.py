@@ -17,7 +17,11 @@ from qchain.plan.steps import (
     Freeze,
     HardLink,
     MakeDirectory,
+    NativeCopy,
+    NativeSwitch,
+    NativeWrite,
     Rename,
+    Step,
     SymbolicLink,
     TakeManifest,
     Unlink,
@@ -27,7 +31,9 @@ from qchain.run.bitmaps import give_back
 from qchain.run.confirm import confirm
 from qchain.run.cut_short import cut_again
 from qchain.run.identity import state_of
+from qchain.run.native import give_up_written
 from qchain.run.oldview import rescued_beside
+from qchain.run.pending import pending_files
 
 if TYPE_CHECKING:
     from qchain.run.group import GroupRun
@@ -80,6 +86,10 @@ def resume_at(run: GroupRun, index: int, *, done: bool = False) -> None:
             run.made.append(created(step))
         case Command(argv) if argv[0] == "convert":
             run.made.append(run.t_path)
+        case NativeCopy(image):
+            run.made.append(image)
+        case NativeWrite(_, into):
+            run.made += pending_files(into)
         case _:
             pass
 
@@ -140,6 +150,7 @@ def put_back(run: GroupRun) -> bool:
     try:
         if led_away(run):
             restore_backing(run)
+        give_up_written(run)
         _end_cut(run)
         give_back(run, run.journal is not None and bool(altered(run, run.journal.step)))
     except (QchainError, OSError):
@@ -194,6 +205,10 @@ def _work_files(run: GroupRun) -> Iterator[Path]:
                 yield from (into, rescued_beside(into))
             case TakeManifest(_, into):
                 yield into
+            case NativeWrite(_, into):
+                yield from pending_files(into)
+            case NativeCopy(image):
+                yield image
             case HardLink(_, link) | SymbolicLink(_, link) if link.parent in directories:
                 yield link
             case Command(argv) if argv[0] == "create":
@@ -220,9 +235,7 @@ def altered(run: GroupRun, index: int) -> list[Path]:
     A commit writes to the target: what shows through it, and is no kept point, changes.
     """
     steps = run.record.steps
-    commit = next(
-        (n for n, step in enumerate(steps) if isinstance(step, Command) and step.commits), None
-    )
+    commit = next((n for n, step in enumerate(steps) if _overwrites(run, step)), None)
     before = run.journal is not None and run.journal.altered
     if commit is None or (index < commit and not before):
         return []
@@ -233,6 +246,13 @@ def altered(run: GroupRun, index: int) -> list[Path]:
             if file.id == known.id and state_of(file) == known.state:
                 return []
     return [record.path for record in run.record.layers[1 : run.record.target + 1]]
+
+
+def _overwrites(run: GroupRun, step: Step) -> bool:
+    """Whether from this step on the target, not being the kept image, reads otherwise."""
+    if isinstance(step, NativeSwitch):
+        return run.record.target > 0
+    return isinstance(step, Command) and step.commits
 
 
 def created(step: Command) -> Path:

@@ -27,6 +27,10 @@ from qchain.plan.steps import (
     Freeze,
     HardLink,
     MakeDirectory,
+    NativeCopy,
+    NativeFree,
+    NativeSwitch,
+    NativeWrite,
     RemoveDirectory,
     Rename,
     Step,
@@ -35,6 +39,7 @@ from qchain.plan.steps import (
     TakeAttributes,
     TakeManifest,
     Unlink,
+    written_by,
 )
 from qchain.qcow2.header import read_header
 from qchain.run.attributes import open_to_all_of, take_attributes
@@ -45,7 +50,9 @@ from qchain.run.durable import fsync_directory, fsync_file, fsync_open
 from qchain.run.goback import created, led_away, restore_backing
 from qchain.run.journal import GroupRecord, Journal, LayerRecord
 from qchain.run.locking import ChainLocks
+from qchain.run.native import native_copy, native_free, native_switch, native_write
 from qchain.run.oldview import OldView, rescued_beside
+from qchain.run.pending import pending_files
 from qchain.run.private import make_private, open_private
 from qchain.run.qemu_img import QemuImg
 from qchain.run.room import Room
@@ -101,14 +108,24 @@ class GroupRun:
         try:
             self._do(step)
         finally:
-            if isinstance(step, (Command, Adopt)):
-                written = {identity(path) for path in getattr(step, "writes", ())}
+            written = {identity(path) for path in written_by(step)}
+            if written or isinstance(step, Adopt):
                 self.steady.note(self.locks.layers, written)
 
     def _do(self, step: Step) -> None:
         match step:
             case Command():
                 self._command(step)
+            case NativeCopy(image):
+                self.made.append(image)
+                native_copy(self, step)
+            case NativeWrite(_, into):
+                self.made += pending_files(into)
+                native_write(self, step)
+            case NativeSwitch():
+                native_switch(self, step)
+            case NativeFree():
+                native_free(self, step)
             case Adopt(image):
                 self._adopt(image)
             case Freeze(_, into):

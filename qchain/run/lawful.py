@@ -22,6 +22,10 @@ from qchain.plan.steps import (
     Freeze,
     HardLink,
     MakeDirectory,
+    NativeCopy,
+    NativeFree,
+    NativeSwitch,
+    NativeWrite,
     RemoveDirectory,
     Rename,
     Step,
@@ -106,16 +110,19 @@ class _Rule:
         match step:
             case Command():
                 return self._command(step)
-            case Adopt(image):
+            case Adopt(image) | NativeCopy(image):
                 return self.group.copy is not None and self._new(image)
-            case Freeze(image, into):
+            case Freeze(image, into) | NativeWrite(image, into):
                 return image in self.members and self._work(into)
+            case NativeSwitch(image, source) | NativeFree(image, source):
+                return image == self.group.goal.path and self._work(source)
             case TakeManifest(image, into):
                 return image in self.members and self._work(into)
             case Compare(old, new, below):
                 return (
                     old in self.members
                     and (step.manifest is None or self._work(step.manifest))
+                    and (step.pending is None or self._work(step.pending))
                     and (new in self.members or self._work(new))
                     and (below is None or below in self.chain)
                 )

@@ -13,14 +13,17 @@ from pathlib import Path
 from qchain.chain.layer import Layer, Qcow2Layer, RawLayer
 from qchain.errors import Damaged, FailedMidway
 from qchain.hostfile import HostFile
-from qchain.plan.steps import Compare
+from qchain.native.inplace import header_of
+from qchain.plan.steps import Compare, NativeCopy, NativeWrite
 from qchain.plan.traffic import commit_granularity
 from qchain.qcow2.header import read_header
 from qchain.run.journal import GroupRecord
+from qchain.run.pending import read_pending
 from qchain.run.private import open_private
 from qchain.verify.compare import Comparison, compare
 from qchain.verify.frozen import freeze, frozen_view, open_rescued, rescue
 from qchain.verify.manifest import check_manifest, take_manifest
+from qchain.verify.shared import SharedExtents
 
 __all__ = ["OldView", "rescued_beside"]
 
@@ -84,13 +87,21 @@ class OldView:
 
         Raises: `FailedMidway` when they differ.
         """
-        new = self._result(step.new)
+        new = self._result(step.new, step.pending)
         if new.size != self.line[0].size:
             raise FailedMidway(
                 step.new, f"has {new.size} bytes after the merge, not {self.line[0].size}"
             )
         view = [new, *self.below]
-        found = compare(self._now(), view, everything=everything, progress=progress)
+        native = any(isinstance(each, (NativeCopy, NativeWrite)) for each in self.record.steps)
+        found = compare(
+            self._now(),
+            view,
+            everything=everything,
+            # What was shared needs no reading: that it is, the filesystem says anew.
+            extents=SharedExtents() if native else None,
+            progress=progress,
+        )
         if found.identical and step.manifest is not None:
             found = check_manifest(step.manifest, view, progress)
             if not found.identical and not resumed:
@@ -121,14 +132,17 @@ class OldView:
         self._opened.append(file)
         return file
 
-    def _result(self, path: Path) -> Layer:
+    def _result(self, path: Path, pending: Path | None) -> Layer:
         file = self._open(path)
         if file.id != self.record.goal.id:
             raise FailedMidway(path, "is not the file that was merged into")
         if self.record.goal.format == "raw":
             return RawLayer(path, file)
-        header = read_header(file)
-        header.require_readable(path)
+        if pending is None:
+            header = read_header(file)
+            header.require_readable(path)
+        else:
+            header = header_of(path, read_pending(pending).sector)
         return Qcow2Layer(path, file, header)
 
     def _fresh(self, layer: Layer) -> Layer:

@@ -28,10 +28,15 @@ from qchain.plan.steps import (
     Compare,
     Confirm,
     ConfirmBitmaps,
+    NativeFree,
+    NativeSwitch,
+    NativeWrite,
     Rename,
+    Step,
     SymbolicLink,
     Sync,
     TakeManifest,
+    written_by,
 )
 from qchain.run.bitmaps import bitmap_command, follow_kept, place_again
 from qchain.run.durable import discard_unwritten
@@ -44,6 +49,7 @@ from qchain.run.journal import GroupRecord, Journal
 from qchain.run.journal_file import find_journals, read_journal, unwritten
 from qchain.run.lawful import given_up
 from qchain.run.locking import ChainLocks, sole
+from qchain.run.native import switched_already
 from qchain.run.qemu_img import QemuImg
 from qchain.run.survey import (
     Files,
@@ -212,6 +218,8 @@ def _still(layers: dict[FileId, Layer]) -> None:
 def _where_to_begin(record: GroupRecord, step: int) -> int:
     """The step to repeat.
 
+    Where the native engine has not switched yet: all that it does, for a guest may have run.
+
     For a flush or a look at a header: the command before it. What it wrote may be lost. A copy
     that has no name yet is made again. For a bitmap command the first of its run: killed, it
     leaves all bitmaps of its image in use.
@@ -219,15 +227,24 @@ def _where_to_begin(record: GroupRecord, step: int) -> int:
     steps, begin = record.steps, step
     if record.copy is not None and not _has_its_name(record, step):
         return 0
+    written = next((n for n, each in enumerate(steps) if isinstance(each, NativeWrite)), step)
+    if written < step and not _past_switch(record, step):
+        return written
     while begin > 0 and isinstance(steps[begin], (Sync, Confirm, ConfirmBitmaps, SymbolicLink)):
         begin -= 1
     while begin > 0 and bitmap_command(steps[begin]) and isinstance(steps[begin - 1], Command):
         begin -= 1
-    if not isinstance(steps[begin], Command):
+    if not isinstance(steps[begin], (Command, NativeFree)):
         return step
     while begin > 0 and _creates(record, begin) and _creates(record, begin - 1):
         begin -= 1
     return begin
+
+
+def _past_switch(record: GroupRecord, step: int) -> bool:
+    """Whether the native engine's header write has been done."""
+    switch = next(n for n, each in enumerate(record.steps) if isinstance(each, NativeSwitch))
+    return step > switch or (step == switch and switched_already(record))
 
 
 def _has_its_name(record: GroupRecord, step: int) -> bool:
@@ -253,10 +270,11 @@ def _forward(
     record = journal.groups[journal.group]
     changed = examine(journal, record, first, files)
     refuse_overlays(journal, first, "or try 'qchain recover --back'")
+    native = any(isinstance(step, NativeWrite) for step in record.steps)
     kept = record.layers[0]
     # By a guest, or by the merge itself, which may only have opened it.
     written = kept.path not in files or state_of(files[kept.path]) != kept.state
-    content = any(moves_content(step) for step in record.steps[first:])
+    content = any(moves_content(step) for step in record.steps[first:]) or (changed and native)
     views = [layers[known.id] for known in record.layers] if content else []
     run = GroupRun(record, views, journal.verify, way.qemu, way.observer, locks)
     run.journal = journal
@@ -276,10 +294,11 @@ def _forward(
 def _take_manifest_again(run: GroupRun, first: int) -> None:
     """Of the kept image as it is now.
 
-    Not where it is what is merged into: its old view holds nothing newer.
+    Not where qemu-img merges into it: its old view holds nothing newer.
     """
     record = run.record
-    if record.target == 0 and record.copy is None:
+    native = any(isinstance(step, NativeWrite) for step in record.steps)
+    if record.target == 0 and record.copy is None and not native:
         return
     if not any(isinstance(step, Compare) for step in record.steps[first:]):
         return
@@ -299,12 +318,18 @@ def _carry(run: GroupRun, journal: Journal, first: int, layers: dict[FileId, Lay
     record = run.record
     ahead = record.steps[first:]
     # Where the comparison of the merge itself is to come, it will judge.
-    judged = any(is_pull(step) or isinstance(step, Compare) for step in ahead)
+    judged = any(is_pull(step) or isinstance(step, (Compare, NativeWrite)) for step in ahead)
     if journal.carrying or judged or not _all_there(record, layers):
         journal.carrying = True
-        commit = next(n for n, step in enumerate(record.steps) if is_commit(step))
-        for step in record.steps[commit:first]:
-            if isinstance(step, Command) and (is_commit(step) or step.argv[0] == "resize"):
+        begin = next(n for n, step in enumerate(record.steps) if _moves_in(step))
+        native = isinstance(record.steps[begin], NativeWrite)
+        for step in record.steps[begin:first]:
+            if native and isinstance(step, _NATIVE):
+                journal.write(journal.group, first, written_by(step))
+                if isinstance(step, Compare):
+                    # The digests are of what the kept image showed before.
+                    step = replace(step, manifest=None)
+            elif isinstance(step, Command) and (is_commit(step) or step.argv[0] == "resize"):
                 journal.write(journal.group, first, step.writes)
             elif not isinstance(step, Sync):
                 break
@@ -321,6 +346,14 @@ def _carry(run: GroupRun, journal: Journal, first: int, layers: dict[FileId, Lay
     journal.settle()
     journal.carrying = False
     journal.write(journal.group, first)
+
+
+_NATIVE = (NativeWrite, Compare, NativeSwitch, Confirm, NativeFree)
+
+
+def _moves_in(step: Step) -> bool:
+    """Whether it brings what the kept image holds into the target."""
+    return is_commit(step) or isinstance(step, NativeWrite)
 
 
 def _all_there(record: GroupRecord, layers: dict[FileId, Layer]) -> bool:

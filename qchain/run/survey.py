@@ -29,6 +29,8 @@ from qchain.plan.steps import (
     Compare,
     Confirm,
     Freeze,
+    NativeCopy,
+    NativeWrite,
     Rename,
     Step,
     TakeManifest,
@@ -171,7 +173,8 @@ def is_pull(step: Step) -> bool:
 
 def moves_content(step: Step) -> bool:
     """Whether the step looks into the images, and does not only change names and headers."""
-    return isinstance(step, (Freeze, TakeManifest, Compare)) or is_commit(step) or is_pull(step)
+    looks = isinstance(step, (Freeze, TakeManifest, Compare, NativeCopy, NativeWrite))
+    return looks or is_commit(step) or is_pull(step)
 
 
 def examine(journal: Journal, record: GroupRecord, first: int, files: Files) -> bool:
@@ -234,7 +237,8 @@ def examine(journal: Journal, record: GroupRecord, first: int, files: Files) -> 
         _nothing_since_the_copy(journal, record, files)
     # A commit that opens the kept image itself began when that had no bitmaps.
     bare = record.copy is not None or any(
-        is_commit(step) and kept.path in step.writes for step in record.steps
+        (is_commit(step) and kept.path in step.writes) or isinstance(step, NativeWrite)
+        for step in record.steps
     )
     if bare and header is not None and header.bitmaps_extension is not None:
         raise Refused(

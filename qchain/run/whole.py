@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from qchain.plan.steps import Command, Compare, Step, TakeManifest
+from qchain.plan.steps import Command, Compare, NativeCopy, NativeWrite, Step, TakeManifest
 from qchain.run.group import Observer
 
 __all__ = ["Whole", "weight_of"]
 
 
+_MOVING = (Command, Compare, NativeCopy, NativeWrite, TakeManifest)
+
+
 def weight_of(steps: Iterable[Step]) -> int:
     """Bytes that all of these steps are expected to move and to compare."""
-    return sum(step.weight for step in steps if isinstance(step, (Command, Compare, TakeManifest)))
+    return sum(step.weight for step in steps if isinstance(step, _MOVING))
 
 
 class Whole:

@@ -23,6 +23,7 @@ from qchain.chain.resolve import Runs
 from qchain.memory import aligned
 from qchain.qcow2.entries import Kind
 from qchain.verify.pairing import Pairs, pair_up
+from qchain.verify.shared import SharedExtents
 
 __all__ = ["Comparison", "compare", "differing"]
 
@@ -46,7 +47,8 @@ class Comparison:
         different_bytes: how many bytes differ.
         compared_bytes: guest bytes whose content was read and compared.
         skipped_bytes: guest bytes that need no reading: the same place in the same
-            file on both sides, or zero on both by the maps.
+            file on both sides, the same blocks of a filesystem (if asked for), or zero on
+            both by the maps.
         ranges: (start, length) of differing 512-byte sectors, joined, in order.
     """
 
@@ -213,14 +215,15 @@ def compare(
     *,
     everything: bool = False,
     stop_early: bool = False,
+    extents: SharedExtents | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
     """Compare the guest-visible content of two points (layers, active first).
 
     The shorter one reads as zeroes beyond its end. `everything` also reads what both
     resolve to the same place. `stop_early` ends soon after the first difference, which
-    alone is then exact. `progress`
-    is called with (guest bytes done, guest bytes in all).
+    alone is then exact. `extents`: what lies in the same blocks of a filesystem needs no
+    reading either. `progress` is called with (guest bytes done, guest bytes in all).
 
     Raises: `ImageError` when an image cannot be read.
     """
@@ -231,6 +234,8 @@ def compare(
     def batches() -> Iterator[tuple[Runs, Runs]]:
         for pairs in pair_up(a, b):
             skip = pairs.zero if everything else pairs.zero | pairs.same
+            if extents is not None and not everything and not skip.all():
+                skip |= extents.same(a, b, pairs.a, pairs.b)
             out.skipped_bytes += int(pairs.a.length[skip].sum())
             for left, right in _batches(pairs, ~skip):
                 out.compared_bytes += int(left.length.sum())

@@ -1,0 +1,1 @@
+"""The native engine: writes a merged image itself, by sharing or copying what must come in."""
