@@ -22,7 +22,13 @@ def start() -> int:
     except KeyboardInterrupt:
         sys.stderr.write("qchain: interrupted: nothing was changed\n")
         return 130
-    return main()
+    try:
+        return main()
+    finally:
+        # What comes is Python's own end: nothing is left that a signal could put back.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_IGN)
 
 
 def _interrupt(_number: int, _frame: object) -> None:
