@@ -12,7 +12,7 @@ from .domainrepair import repair
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="Domains of libvirt: their chains and snapshot records, changed together.",
+    help="Snapshots of libvirt's domains: files and records together.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

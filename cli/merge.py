@@ -58,6 +58,22 @@ def carry_out(
 
     Raises: whatever planning and merging raise.
     """
+    try:
+        _carry_out(name, active, merging, common, yes, wanted, agrees)
+    except KeyboardInterrupt as error:
+        # Once the merge has begun it says itself how it stands.
+        raise KeyboardInterrupt(*(error.args or ("nothing was changed",))) from None
+
+
+def _carry_out(
+    name: str,
+    active: Sequence[Path],
+    merging: Carrying,
+    common: Common,
+    yes: bool,
+    wanted: Wanted,
+    agrees: Callable[[Plan], None] | None,
+) -> None:
     from qchain.run.execute import execute
 
     from .planning import (

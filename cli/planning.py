@@ -243,6 +243,8 @@ def deleted_names(plan: Plan, group: GroupPlan) -> list[str]:
 
 def _devices_left(plan: Plan, group: GroupPlan) -> list[str]:
     """The block devices that are not needed any more: whoever made them takes them away."""
+    if group.result is None:
+        return []  # nothing will be done
     members = [plan.layers[index] for index in group.group.owned]
     return [
         str(layer.path)

@@ -280,7 +280,7 @@ def full_enough(specs: list[LayerSpec]) -> bool:
 
 
 @settings(
-    max_examples=40 if "QCHAIN_TORTURE" not in os.environ else 1500, deadline=None,
+    max_examples=25 if "QCHAIN_TORTURE" not in os.environ else 1500, deadline=None,
     suppress_health_check=[
         HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much
     ],

@@ -31,7 +31,7 @@ from qchain.plan.clusters import ClusterCount
 from qchain.plan.growth import Growth, growth_of
 from qchain.plan.traffic import count_traffic
 
-COUNT = int(os.environ.get("QCHAIN_ROOM", "40"))
+COUNT = int(os.environ.get("QCHAIN_ROOM", "20"))
 MANY = settings(max_examples=COUNT, deadline=None, suppress_health_check=list(HealthCheck))
 
 

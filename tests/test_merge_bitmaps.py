@@ -38,7 +38,7 @@ from qchain.run.qemu_img import QemuImg
 from qchain.run.recover import journals_at, recover
 
 TORTURE = "QCHAIN_TORTURE" in os.environ
-STRIDE = 1 if TORTURE else 4
+STRIDE = 1 if TORTURE else 7
 M = 1 << 20
 SIZE = 8 * M
 K64 = 65536

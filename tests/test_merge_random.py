@@ -18,7 +18,7 @@ from qchain.plan.selection import Request
 from qchain.run.execute import execute
 
 SLOW = settings(
-    max_examples=120,
+    max_examples=70,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

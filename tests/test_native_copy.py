@@ -23,7 +23,7 @@ from qchain.plan.steps import NativeCopy
 from qchain.run.execute import execute
 from qchain.run.recover import journals_at, recover
 
-EXAMPLES = int(os.environ.get("QCHAIN_NATIVE", "30"))
+EXAMPLES = int(os.environ.get("QCHAIN_NATIVE", "15"))
 COPY = MergeOptions(strategy="copy", engine="native")
 
 

@@ -20,7 +20,7 @@ from qchain.plan.plan import make_plan
 from qchain.plan.selection import Request
 from qchain.run.execute import execute
 
-EXAMPLES = int(os.environ.get("QCHAIN_NATIVE", "40"))
+EXAMPLES = int(os.environ.get("QCHAIN_NATIVE", "20"))
 
 
 @settings(

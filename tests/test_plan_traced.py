@@ -21,7 +21,7 @@ from qchain.plan.selection import Request
 from qchain.run.execute import execute
 from qchain.run.qemu_img import QemuImg
 
-COUNT = int(os.environ.get("QCHAIN_TRACED", "60"))
+COUNT = int(os.environ.get("QCHAIN_TRACED", "40"))
 STRATEGIES = ("pull", "commit", "both")
 MANY = settings(
     max_examples=COUNT, deadline=None,

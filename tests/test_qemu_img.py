@@ -105,7 +105,8 @@ def test_command_lines() -> None:
     ]
     assert rebase_unsafe_argv("t", "qcow2", None) == ["rebase", "-u", "-f", "qcow2", "-b", "", "t"]
     assert rebase_writethrough_argv("t", "qcow2", "a:b", "qcow2") == [
-        *("rebase", "-p", "-t", "writethrough", "-f", "qcow2", "-b", "./a:b", "-F", "qcow2", "t")
+        *("rebase", "-p", "-t", "writethrough", "--image-opts", "-b", "./a:b", "-F", "qcow2"),
+        "driver=qcow2,file.filename=t,lazy-refcounts=off",
     ]
     assert resize_shrink_argv("t", "raw", 512) == [
         *("resize", "-q", "--shrink", "-f", "raw", "t", "512")

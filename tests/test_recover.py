@@ -63,7 +63,7 @@ def test_killed_before_every_step(
     options = MergeOptions(strategy=strategy, names=names)
     count = None
     number = CASES.index((drop, strategy, names)) % 2
-    stride = 1 if "QCHAIN_TORTURE" in os.environ else 3 if back else 2
+    stride = 1 if "QCHAIN_TORTURE" in os.environ else 5 if back else 3
     while count is None or number < count:
         directory = tmp_path / str(number)
         directory.mkdir()

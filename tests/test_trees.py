@@ -35,7 +35,7 @@ from qchain.run.execute import execute
 from qchain.run.recover import journals_at, recover
 
 SLOW = settings(
-    max_examples=60, deadline=None,
+    max_examples=35, deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
 
@@ -270,7 +270,7 @@ def test_killed_between_steps_and_recovered(
     if (names, strategy) == ("target", "copy"):
         strategy = "pull"  # a copy has no name of its own
     options = MergeOptions(names=names, strategy=strategy, engine=engine)
-    stride = 1 if "QCHAIN_TORTURE" in os.environ else 5
+    stride = 1 if "QCHAIN_TORTURE" in os.environ else 9
     number, count = len(names + strategy) % stride, None
     while count is None or number < count:
         directory = tmp_path / str(number)

@@ -161,7 +161,9 @@ def _chosen(inventory: Inventory, names: Sequence[str]) -> list[Snapshot]:
 def _in_our_words(refusal: str) -> str:
     """A merge knows no --also."""
     path = refusal.partition(": ")[0]
-    theirs = "merge that overlay too (name its active image as well), or move it"
+    theirs = (
+        "merge that overlay too (name its active image as well), or rebase it onto another image"
+    )
     return refusal.replace(theirs, f"keep what it shows too with '--also {path}', or remove it")
 
 

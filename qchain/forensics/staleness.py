@@ -92,11 +92,13 @@ def staleness(layers: Sequence[Layer]) -> list[str]:
     found = seal_signs(layers)
     for overlay, base in itertools.pairwise(layers):
         name = overlay.path.name
+        # The times of device nodes are those of their making.
+        devices = overlay.file.is_block_device or base.file.is_block_device
         written = max(base.file.mtime_ns, base.data.mtime_ns)
         sign = older_than_base(
             overlay.file.mtime_ns, birth_ns(overlay.file), written, base.path.name
         )
-        if sign is not None:
+        if sign is not None and not devices:
             found.append(f"{name}: {sign}")
         if base.size > overlay.size:
             found.append(

@@ -11,6 +11,8 @@ from pathlib import Path
 from qchain.chain.chain import Chain
 from qchain.chain.chain_tree import ChainTree, tree_of
 from qchain.chain.layer import Layer
+from qchain.chain.scan import unfinished_of
+from qchain.errors import Refused, UsageError
 from qchain.plan.bitmaps import bitmap_refusals, fate_of
 from qchain.plan.candidates import Candidate
 from qchain.plan.choice import GroupPlan, choices, impossible, space_of
@@ -151,7 +153,14 @@ def make_plan(
     options = options or MergeOptions()
     tree = tree_of(chain)
     layers = tree.layers
-    dropped = select(request, tree)
+    try:
+        dropped = select(request, tree)
+    except UsageError:
+        # A name that is not there any more may be the doing of a merge that was stopped.
+        for journal in unfinished_of(layer.path for layer in layers):
+            todo = f"'qchain recover {journal.parent}' first"
+            raise Refused(journal, "a merge of this chain is not finished", todo) from None
+        raise
     bare = groups_of(dropped, tree)
     # What stays what it is keeps the name by which it is known.
     changed = {index for group in bare for index in group.members}

@@ -185,7 +185,7 @@ def stranger_refusals(
             out.append(
                 f"{found.path}: {perhaps}{found.use} {below.name}, which the merge would change; "
                 f"keep {below.name}, merge that overlay too (name its active image as well), or "
-                "move it"
+                "rebase it onto another image"
             )
     if unseen:
         more = f" (and {len(unseen) - 1} more)" if len(unseen) > 1 else ""

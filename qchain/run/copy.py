@@ -150,7 +150,8 @@ def copy_point(
             fd = open_private(draft)
             try:
                 found = _made(wanted, fd, draft, qemu, observer)
-                take_attributes(active.path, draft)
+                # Of the file that the name leads to: it may be a link.
+                take_attributes(Path(os.path.realpath(active.path)), draft)
                 fsync_open(fd, draft)
                 if not os.path.samestat(os.fstat(fd), os.lstat(draft)):
                     raise FailedMidway(draft, "is another file than the one that was made")

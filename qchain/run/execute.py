@@ -200,36 +200,64 @@ def execute(
     if plan.refusals:
         raise Refused("merge", plan.refusals[0], "")
     begun = time.monotonic()
-    qemu = qemu or QemuImg()
-    whole = Whole(observer or Silent(), weight_of(plan.steps))
-    compared, verified = 0, True
     mode = plan.options.verify
-    tree = tree_of(chain)
-    layers: Sequence[Layer] = tree.layers
+    compared, verified = 0, True
+    started: list[Journal] = []
     if plan.groups:
-        alone = {index for group in plan.groups for index in group.group.members}
-        merged = [layers[index] for index in sorted(alone.union(tree.actives))]
-        files = [layer.file for layer in layers]
-        with (
-            sole(files, [layer.file for layer in merged]),
-            ChainLocks(layers, merged) as locks,
-        ):
-            try:
-                _unchanged(layers)
-                groups = [group.group for group in plan.groups]
-                late = overlay_refusals(layers, groups, plan.options)
-                for line in late + unfinished_refusals(layers, groups, plan.token):
-                    raise Refused("merge", line, "")
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt("nothing was changed") from None
-            journal = Journal.begin(plan)
-            for number, (group, record) in enumerate(zip(plan.groups, journal.groups, strict=True)):
-                held = [layers[index] for index in (*group.group.line, *group.group.onto)]
-                run = GroupRun(record, held, mode, qemu, whole, locks)
-                run_group(run, journal, number, 0, before_step)
-                _let_go(locks)
-                if run.old.comparison is not None:
-                    compared += run.old.comparison.compared_bytes
-                    verified = verified and run.old.comparison.identical
-            journal.remove()
+        whole = Whole(observer or Silent(), weight_of(plan.steps))
+        try:
+            compared, verified = _merge(
+                plan, tree_of(chain), qemu or QemuImg(), whole, before_step, started
+            )
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(*(error.args or (_how_it_stands(started),))) from None
     return MergeResult(mode, compared, verified and mode != "none", time.monotonic() - begun)
+
+
+def _merge(
+    plan: Plan,
+    tree: ChainTree,
+    qemu: QemuImg,
+    observer: Observer,
+    before_step: Callable[[Step], None] | None,
+    started: list[Journal],
+) -> tuple[int, bool]:
+    """Merge all groups under the locks of all files; `started` gets the journal.
+
+    Returns: bytes compared, and whether all was identical.
+    """
+    compared, verified = 0, True
+    layers: Sequence[Layer] = tree.layers
+    alone = {index for group in plan.groups for index in group.group.members}
+    merged = [layers[index] for index in sorted(alone.union(tree.actives))]
+    files = [layer.file for layer in layers]
+    with (
+        sole(files, [layer.file for layer in merged]),
+        ChainLocks(layers, merged) as locks,
+    ):
+        _unchanged(layers)
+        groups = [group.group for group in plan.groups]
+        late = overlay_refusals(layers, groups, plan.options)
+        for line in late + unfinished_refusals(layers, groups, plan.token):
+            raise Refused("merge", line, "")
+        journal = Journal.begin(plan)
+        started.append(journal)
+        for number, (group, record) in enumerate(zip(plan.groups, journal.groups, strict=True)):
+            held = [layers[index] for index in (*group.group.line, *group.group.onto)]
+            run = GroupRun(record, held, plan.options.verify, qemu, observer, locks)
+            run_group(run, journal, number, 0, before_step)
+            _let_go(locks)
+            if run.old.comparison is not None:
+                compared += run.old.comparison.compared_bytes
+                verified = verified and run.old.comparison.identical
+        journal.remove()
+    return compared, verified
+
+
+def _how_it_stands(started: Sequence[Journal]) -> str:
+    """After ^C between the steps: what there is to be done."""
+    if not any(journal.begun for journal in started):
+        return "nothing was changed"
+    if any(os.path.lexists(journal.path) for journal in started):
+        return "every kept point is intact; 'qchain recover' continues"
+    return "the merge is done"

@@ -172,6 +172,11 @@ class Journal:
         )
 
     @property
+    def begun(self) -> bool:
+        """Whether it was ever written: before that nothing is changed."""
+        return self._written
+
+    @property
     def active(self) -> Path:
         """The first active image, beside which the journal lies."""
         return self.chain[self.actives[0]].path
