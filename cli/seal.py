@@ -67,7 +67,9 @@ def verify(
     manifest: Annotated[
         Path | None,
         typer.Option(
-            "--manifest", metavar="FILE", help="What a merge with --verify manifest kept."
+            "--manifest",
+            metavar="FILE",
+            help="What a merge with --verify manifest --keep-files kept.",
         ),
     ] = None,
 ) -> None:

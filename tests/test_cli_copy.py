@@ -44,6 +44,17 @@ def test_all_of_it(disk: Disk, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "new.qcow2"]
 
 
+def test_under_a_link(disk: Disk, tmp_path: Path) -> None:
+    """As the names of logical volumes are: whoever may read the file may read the copy."""
+    disk.active.chmod(0o640)
+    link = disk.directory / "link.qcow2"
+    link.symlink_to(disk.active.name)
+    done = run("copy", link, tmp_path / "new.qcow2")
+    assert done.code == 0, done.err
+    assert raw_of(tmp_path / "new.qcow2") == disk.points[disk.active.name]
+    assert (tmp_path / "new.qcow2").stat().st_mode & 0o777 == 0o640
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_over_a_base(disk: Disk, tmp_path: Path, number: int) -> None:
     """All layers above it, not only the uppermost, as a bare convert would have it."""

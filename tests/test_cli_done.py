@@ -9,11 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from cli_runner import COMMAND
+from cli_runner import COMMAND, run
 from merging import Disk, build
 from test_recover import killed_before
 
+from qchain.chain.chain import open_chain
 from qchain.plan.options import MergeOptions
+from qchain.plan.plan import make_plan
+from qchain.plan.selection import Request
+from qchain.run import execute as executing
+from qchain.run.execute import execute
+from qchain.run.journal import Journal
+from qchain.run.recover import journals_at, recover
 
 LAYERS = ["512k:A 512k:-", "64k:- 256k:B 704k:-", "[cluster=4k] 4k:C 1020k:-"]
 
@@ -70,4 +77,42 @@ def test_a_recovery_that_nobody_hears_of(
     assert code == 0, err
     assert ("nothing is left to recover" in err) == (kind == "full")
     if unfinished:
+        disk.expect({"base.qcow2": "base.qcow2", "l2.qcow2": "l2.qcow2"})
+
+
+def test_the_same_merge_again_after_a_stop(disk: Disk) -> None:
+    """What it names may be gone: it is the stopped merge that is told of."""
+    plan = killed_before(disk, ("l1.qcow2",), MergeOptions(strategy="pull"), 10**6)
+    assert plan is not None
+    other = build(disk.directory / "again", LAYERS)
+    steps = len(plan.steps)
+    killed_before(other, ("l1.qcow2",), MergeOptions(strategy="pull"), steps - 4)
+    said = run("merge", "--yes", "--drop", "l1.qcow2", other.active).fails(3)
+    assert "is not finished" in said and "'qchain recover" in said
+
+
+@pytest.mark.parametrize("when", ["before", "between", "after"])
+def test_an_interrupt_between_the_steps(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Wherever it comes, the message says how it stands."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    kind, words = {
+        "before": ((executing, "_unchanged"), "nothing was changed"),
+        "between": ((executing, "_let_go"), "'qchain recover' continues"),
+        "after": ((Journal, "remove"), "'qchain recover' continues"),
+    }[when]
+    with open_chain(disk.active) as chain:
+        plan = make_plan(chain, Request(drop=("l1.qcow2",)))
+        with monkeypatch.context() as patched:
+            patched.setattr(*kind, interrupted)
+            with pytest.raises(KeyboardInterrupt, match=words):
+                execute(plan, chain)
+    recover(journals_at(disk.directory))
+    if when == "before":
+        disk.expect({path.name: path.name for path in disk.paths})
+    else:
         disk.expect({"base.qcow2": "base.qcow2", "l2.qcow2": "l2.qcow2"})

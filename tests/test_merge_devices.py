@@ -243,6 +243,21 @@ def test_the_plan_says_what_stays(tmp_path: Path, attached: list[str]) -> None:
     assert not any("unlink" in step for step in document["steps"] if "a.qcow2" in str(step))
 
 
+def test_a_refused_plan_frees_nothing(tmp_path: Path, attached: list[str]) -> None:
+    disk = volumes(tmp_path, attached)
+    other = disk.directory / "other.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", "b.qcow2", "-F", "qcow2", other, "1M")
+    refused = run("plan", "--follow", "--drop", "a.qcow2", "--drop", "b.qcow2", disk.active)
+    assert refused.code == ExitCode.REFUSED
+    assert "nothing needs it" not in " ".join(refused.out.split())
+
+
+def test_times_of_device_nodes_say_nothing(tmp_path: Path, attached: list[str]) -> None:
+    disk = volumes(tmp_path, attached)
+    done = run("chain", "--follow", disk.active)
+    assert "was written at" not in done.out + done.err
+
+
 def test_a_raw_base_on_a_device(tmp_path: Path, attached: list[str]) -> None:
     """A template on a volume: the overlay is committed into it, byte by byte."""
     raw = tmp_path / "raw"
