@@ -436,3 +436,27 @@ def test_a_copy_under_a_raw_name_is_refused(tmp_path: Path) -> None:
     options = MergeOptions(strategy="copy", names="lowest", allow_format_change=True)
     plan = disk.plan(Request(drop=("base.raw",)), options)
     assert "reads through base.raw as raw" in plan.refusals[0]
+
+
+@pytest.mark.parametrize("strategy", ["pull", "commit", "copy"])
+def test_a_link_to_what_only_stays(tmp_path: Path, strategy: str) -> None:
+    """It is read, not merged; with several groups a recovery must still know it by its link."""
+    names = ["base.qcow2", "a.qcow2", "b.qcow2", "c.qcow2", "top.qcow2"]
+    lines = [*list(LINES.values())[:4], "64k:E"]
+    number, came = 0, True
+    while came:
+        disk = build(tmp_path / str(number), lines, [name.split(".")[0] for name in names])
+        real = disk.directory / "real.qcow2"
+        disk.paths[0].rename(real)
+        disk.paths[0].symlink_to(real.name)
+        with open_chain(disk.active) as chain:
+            options = MergeOptions(strategy=strategy)
+            plan = make_plan(chain, Request(drop=("a.qcow2", "c.qcow2")), options)
+            assert not plan.refusals, plan.refusals
+            came = killed(plan, chain, lambda seen, _step, at=number: seen == at)
+        recover(journals_at(disk.directory))
+        for name in ("base.qcow2", "b.qcow2", "top.qcow2"):
+            reads(disk.directory / name, disk.points[name])
+        left = {path.name for path in disk.directory.iterdir()}
+        assert left == {"base.qcow2", "b.qcow2", "top.qcow2", "real.qcow2"}
+        number += 7

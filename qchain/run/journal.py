@@ -222,7 +222,8 @@ class Journal:
 
     def forget_deleted(self) -> None:
         """A group is finished: of what it deleted the numbers may be those of new files soon."""
-        there = {_id(path) for path in self._names()}
+        # What only stays, and is read, may be known by a link.
+        there = {identity(path) for path in self._names()}
         for index, record in enumerate(self.chain):
             if record.id not in there:
                 self.chain[index] = _unknown(record.path, record.format)
