@@ -279,6 +279,20 @@ def test_info_starts_quickly(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_merge_loads_no_engine_that_it_does_not_use(tmp_path: Path) -> None:
+    path = build_chain(tmp_path, ["64k:A 64k:-", "64k:- 64k:B", "64k:C 64k:-"]).active
+    code = (
+        "import sys\nfrom qchain_cli.main import main\n"
+        f"words = ['--collapse', {str(path)!r}]\n"
+        "assert main(['plan', *words]) == main(['merge', '--yes', *words]) == 0\n"
+        "heavy = {'qchain.native.build', 'qchain.qcow2.check', 'qchain.domains', 'libvirt'}\n"
+        "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
+    )
+    python = COMMAND.with_name("python")
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_reading_leaves_no_trace(tmp_path: Path) -> None:
     chain = build_chain(tmp_path, ["64k:A", "64k:-"])
     os.utime(chain.base, (1, 1))

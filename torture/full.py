@@ -4,49 +4,27 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import ExitStack, suppress
-from random import Random
+from contextlib import suppress
 
-from torture.disks import KINDS, LoopDisk
-from torture.kills import Tally, Trials, go_on, prepared
-from torture.place import Loss, Place, Planned
-from torture.process import Child, Counts, Spot
+from torture.kills import Try, go_on
+from torture.ondisk import OnDisk
+from torture.place import Loss
+from torture.process import Child
 
 __all__ = ["Full"]
 
 
-class Full(Trials):
+class Full(OnDisk):
     """One case on a small file system that fills up `tries` times, XFS and ext4 in turn."""
 
-    disk: LoopDisk
-
-    def run(self) -> Tally:
-        """All tries, or those up to the first loss."""
-        with ExitStack() as stack:
-            kind = KINDS[self.seed % len(KINDS)]
-            self.disk = stack.enter_context(LoopDisk(kind, self.scratch))
-            return super().run()
-
-    def prepare(self) -> tuple[Place, Planned]:
-        """The case on the small file system."""
-        return prepared(self.seed, self.scratch, self.disk.mount / "images", self.work)
-
-    def once(
-        self,
-        place: Place,
-        planned: Planned,
-        counts: Counts,
-        spot: Spot,
-        dice: Random,
-        again: bool,
-        back: bool,
-    ) -> None:
+    def once(self, this: Try) -> None:
         """Fill it at a moment, and in half of the tries give the room back at a later one."""
+        place, planned, dice = this.place, this.planned, this.dice
         place.restore()
-        when = dice.uniform(0, 0.8) * counts.seconds
+        when = dice.uniform(0, 0.8) * this.counts.seconds
         # What is left over may be enough for a while.
         spare = dice.choice((0, 0, 4096, 65536, 262144))
-        gives_back = dice.uniform(0, 0.5) * counts.seconds if again else None
+        gives_back = dice.uniform(0, 0.5) * this.counts.seconds if this.again else None
         self.doing = f"{self.doing.split(',')[0]}, full but for {spare} bytes after {when:.3f} s"
         child = Child(place.case.argv(place.directory), self.work)
         self.doze(child, when)
@@ -65,7 +43,7 @@ class Full(Trials):
         place.intact(planned, f"the disk was full after {when:.3f} s")
         if ended.code == 3 and not place.untouched():
             raise Loss(f"refused, and there are {sorted(place.names())}")
-        go_on(place, planned, self.work, dice, self.tally, back=back)
+        go_on(place, planned, self.work, dice, self.tally, back=this.back)
 
     def doze(self, child: Child, seconds: float) -> None:
         """Wait, but not longer than the child is there."""

@@ -20,7 +20,7 @@ from torture.process import Counts, Ended, Spot, count, run
 
 _BUSY = ("in use", "being changed", "another qchain is working")
 
-__all__ = ["Tally", "Trials", "go_on", "prepared", "until_free"]
+__all__ = ["Tally", "Trials", "Try", "go_on", "prepared", "until_free"]
 
 
 @dataclass
@@ -150,6 +150,22 @@ def until_free(argv: list[str], work: Path, limit: float = 20.0) -> Ended:
         time.sleep(0.05)
 
 
+@dataclass(frozen=True, slots=True)
+class Try:
+    """One of the tries of a case: where to stop, and whether to stop the recovery `again`.
+
+    `counts`: the system calls of an undisturbed merge. `back`: recover by going back.
+    """
+
+    place: Place
+    planned: Planned
+    counts: Counts
+    spot: Spot
+    dice: Random
+    again: bool
+    back: bool
+
+
 class Trials:
     """One case, killed `tries` times, each time somewhere else.
 
@@ -183,30 +199,22 @@ class Trials:
             spot = counts.spot(dice)
             again, back = dice.random() < 0.25, dice.random() < 0.3
             self.doing = f"try {number}, killed {spot}"
-            self.once(place, planned, counts, spot, dice, again, back)
+            self.once(Try(place, planned, counts, spot, dice, again, back))
             self.tally.tries += 1
 
     def prepare(self) -> tuple[Place, Planned]:
         """The case, and what qchain plans."""
         return prepared(self.seed, self.scratch, self.scratch / "images", self.work)
 
-    def once(
-        self,
-        place: Place,
-        planned: Planned,
-        counts: Counts,
-        spot: Spot,
-        dice: Random,
-        again: bool,
-        back: bool,
-    ) -> None:
+    def once(self, this: Try) -> None:
+        """Merge, be killed, judge, go on."""
+        place = this.place
         place.restore()
-        ended = run(place.case.argv(place.directory), self.work, spot)
-        self.note(place, spot, ended)
-        place.intact(planned, f"killed {spot}")
-        go_on(
-            place, planned, self.work, dice, self.tally, counts=counts if again else None, back=back
-        )
+        ended = run(place.case.argv(place.directory), self.work, this.spot)
+        self.note(place, this.spot, ended)
+        place.intact(this.planned, f"killed {this.spot}")
+        counts = this.counts if this.again else None
+        go_on(place, this.planned, self.work, this.dice, self.tally, counts=counts, back=this.back)
 
     def note(self, place: Place, spot: Spot, ended: Ended) -> None:
         """Exit codes are as promised; what was hit is counted."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from random import Random
 
 from torture.cases import Case, draw
-from torture.kills import Trials, go_on, prepared
+from torture.kills import Trials, Try, go_on, prepared
 from torture.place import Loss, Place, Planned
-from torture.process import Child, Counts, Spot
+from torture.process import Child
 
 __all__ = ["LIES", "Liars"]
 
@@ -87,17 +86,9 @@ class Liars(Trials):
         """A case that is verified in one of two ways."""
         return prepared(self.seed, self.scratch, self.scratch / "images", self.work, drawn)
 
-    def once(
-        self,
-        place: Place,
-        planned: Planned,
-        counts: Counts,
-        spot: Spot,
-        dice: Random,
-        again: bool,
-        back: bool,
-    ) -> None:
+    def once(self, this: Try) -> None:
         """Merge with the liar, then go on with the real one."""
+        place, planned, counts, dice = this.place, this.planned, this.counts, this.dice
         place.restore()
         lie = dice.choice(LIES if place.case.verify == "manifest" else LIES[:-1])
         writing = sorted(at for at, calls in counts.theirs.items() if calls)

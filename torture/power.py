@@ -3,51 +3,31 @@
 from __future__ import annotations
 
 import signal
-from contextlib import ExitStack
-from random import Random
 
-from torture.disks import KINDS, LoopDisk
-from torture.kills import Tally, Trials, go_on, prepared
-from torture.place import Loss, Place, Planned
-from torture.process import Child, Counts, Spot
+from torture.kills import Try, go_on
+from torture.ondisk import OnDisk
+from torture.place import Loss
+from torture.process import Child, Spot
 
 __all__ = ["Power"]
 
 
-class Power(Trials):
+class Power(OnDisk):
     """One case whose file system is cut off `tries` times, on XFS and ext4 in turn.
 
     Half of the times at a random moment, else where a process was killed: in the same moment all
     that was not flushed is gone.
     """
 
-    disk: LoopDisk
-
-    def run(self) -> Tally:
-        with ExitStack() as stack:
-            kind = KINDS[self.seed % len(KINDS)]
-            self.disk = stack.enter_context(LoopDisk(kind, self.scratch))
-            return super().run()
-
-    def prepare(self) -> tuple[Place, Planned]:
-        return prepared(self.seed, self.scratch, self.disk.mount / "images", self.work)
-
-    def once(
-        self,
-        place: Place,
-        planned: Planned,
-        counts: Counts,
-        spot: Spot,
-        dice: Random,
-        again: bool,
-        back: bool,
-    ) -> None:
+    def once(self, this: Try) -> None:
+        """Cut it off, mount it again, judge, go on."""
+        place, planned, dice, spot = this.place, this.planned, this.dice, this.spot
         place.restore()
         self.disk.flush()
         if dice.random() < 0.5:
-            spot = Spot("time", seconds=dice.uniform(0, 1.0) * counts.seconds)
+            spot = Spot("time", seconds=dice.uniform(0, 1.0) * this.counts.seconds)
         elif spot.kind == "orphan":
-            spot = Spot("step", dice.randrange(counts.steps), nth=dice.randrange(2))
+            spot = Spot("step", dice.randrange(this.counts.steps), nth=dice.randrange(2))
         self.doing = f"{self.doing.split(',')[0]}, power lost on {self.disk.kind} {spot}"
         child = Child(place.case.argv(place.directory), self.work, spot)
         ended = child.end(before_kill=self.disk.cut)
@@ -61,4 +41,4 @@ class Power(Trials):
         if ended.code not in (-signal.SIGKILL, 0, 2, 3, 4, 5) or "internal error" in ended.err:
             raise Loss(f"power lost {spot}: it ended with {ended.code}: {ended.err}")
         place.intact(planned, f"power lost {spot}")
-        go_on(place, planned, self.work, dice, self.tally, back=back)
+        go_on(place, planned, self.work, dice, self.tally, back=this.back)

@@ -14,9 +14,9 @@ from pathlib import Path
 from random import Random
 
 from torture.cases import Case, draw
-from torture.kills import Trials, go_on, prepared
+from torture.kills import Trials, Try, go_on, prepared
 from torture.place import Loss, Place, Planned
-from torture.process import Child, Counts, Spot, run
+from torture.process import Child, Spot, run
 
 __all__ = ["Races"]
 
@@ -105,17 +105,10 @@ class Races(Trials):
         """A case with the names policy `kept`."""
         return prepared(self.seed, self.scratch, self.scratch / "images", self.work, drawn)
 
-    def once(
-        self,
-        place: Place,
-        planned: Planned,
-        counts: Counts,
-        spot: Spot,
-        dice: Random,
-        again: bool,
-        back: bool,
-    ) -> None:
+    def once(self, this: Try) -> None:
         """Merge beside the guest, then judge by what it was told that it has written."""
+        place, planned, counts, dice = this.place, this.planned, this.counts, this.dice
+        spot = this.spot
         place.restore()
         argv = place.case.argv(place.directory)
         kills = dice.random() < 0.5

@@ -14,7 +14,6 @@ from qchain.plan.clusters import ClusterCount
 from qchain.plan.copying import new_file_bytes
 from qchain.plan.growth import Growth, growth_of
 from qchain.plan.model import DEFAULT, TimeModel
-from qchain.plan.native import costs_of, no_native
 from qchain.plan.options import MergeOptions
 from qchain.plan.selection import Group
 from qchain.plan.space import device_shortage, freed_by, highest, taken_by
@@ -236,6 +235,9 @@ def _native_figures(
     layers: Sequence[Layer], group: Group, others: Sequence[Candidate], model: TimeModel
 ) -> list[Candidate]:
     """By the native engine, the new file last."""
+    # Imported late: only where that engine is weighed.
+    from qchain.plan.native import costs_of
+
     out = []
     for cost in costs_of(layers, group, [each.traffic for each in others]):
         position = 0 if cost.target is None else group.members.index(cost.target)
@@ -284,6 +286,8 @@ def candidates_of(
             if growth is not None:
                 reason = reason or device_shortage(tree.layers[target], growth)
         if found.engine == "native":
+            from qchain.plan.native import no_native
+
             reason = reason or found.reason or no_native(tree.layers, group, target, options)
         freed = 0 if options.keep_files else freed_by(tree.layers, group, target)
         out.append(replace(found, reason=reason, freed_bytes=freed))

@@ -20,7 +20,6 @@ from qchain.chain.ownership import ownership
 from qchain.chain.scan import WORK_PREFIX, unfinished_of
 from qchain.errors import FailedMidway, QchainError, Refused, UsageError
 from qchain.hostfile import HostFile
-from qchain.native.newfile import write_new_file
 from qchain.plan.copying import copy_argvs
 from qchain.plan.names import backing_name
 from qchain.plan.naming import new_room, room
@@ -209,15 +208,18 @@ def _made(wanted: Copy, fd: int, draft: Path, qemu: QemuImg, observer: Observer)
 
 def _write(wanted: Copy, fd: int, draft: Path, observer: Observer) -> None:
     """By the native engine."""
-    layers, base, most = wanted.chain.layers, wanted.base, wanted.most
-    observer.step(f"copy {wanted.chain.active.path.name}", most)
+    # Imported late: qemu-img is the usual engine.
+    from qchain.native.newfile import write_new_file
+
+    layers, base = wanted.chain.layers, wanted.base
+    observer.step(f"copy {wanted.chain.active.path.name}", wanted.most)
     write_new_file(
         fd,
         draft,
         layers if base is None else layers[:base],
         () if base is None else layers[base:],
         (wanted.backing, wanted.base_format),
-        lambda done, total: observer.advance(most * done // max(1, total), most),
+        observer.advance,
     )
 
 

@@ -31,7 +31,6 @@ from qchain.run.bitmaps import give_back
 from qchain.run.confirm import confirm
 from qchain.run.cut_short import cut_again
 from qchain.run.identity import state_of
-from qchain.run.native import give_up_written
 from qchain.run.oldview import rescued_beside
 from qchain.run.pending import pending_files
 
@@ -150,7 +149,11 @@ def put_back(run: GroupRun) -> bool:
     try:
         if led_away(run):
             restore_backing(run)
-        give_up_written(run)
+        if any(isinstance(step, NativeWrite) for step in run.record.steps):
+            # Imported late: qemu-img is the usual engine.
+            from qchain.run.native import give_up_written
+
+            give_up_written(run)
         _end_cut(run)
         give_back(run, run.journal is not None and bool(altered(run, run.journal.step)))
     except (QchainError, OSError):

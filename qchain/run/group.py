@@ -50,7 +50,6 @@ from qchain.run.durable import fsync_directory, fsync_file, fsync_open
 from qchain.run.goback import created, led_away, restore_backing
 from qchain.run.journal import GroupRecord, Journal, LayerRecord
 from qchain.run.locking import ChainLocks
-from qchain.run.native import native_copy, native_free, native_switch, native_write
 from qchain.run.oldview import OldView, rescued_beside
 from qchain.run.pending import pending_files
 from qchain.run.private import make_private, open_private
@@ -116,16 +115,8 @@ class GroupRun:
         match step:
             case Command():
                 self._command(step)
-            case NativeCopy(image):
-                self.made.append(image)
-                native_copy(self, step)
-            case NativeWrite(_, into):
-                self.made += pending_files(into)
-                native_write(self, step)
-            case NativeSwitch():
-                native_switch(self, step)
-            case NativeFree():
-                native_free(self, step)
+            case NativeCopy() | NativeWrite() | NativeSwitch() | NativeFree():
+                self._native(step)
             case Adopt(image):
                 self._adopt(image)
             case Freeze(_, into):
@@ -173,6 +164,22 @@ class GroupRun:
                 path.unlink(missing_ok=True)
 
     # --- the steps -----------------------------------------------------------------
+
+    def _native(self, step: NativeCopy | NativeWrite | NativeSwitch | NativeFree) -> None:
+        # Imported late: qemu-img is the usual engine.
+        from qchain.run.native import native_copy, native_free, native_switch, native_write
+
+        match step:
+            case NativeCopy(image):
+                self.made.append(image)
+                native_copy(self, step)
+            case NativeWrite(_, into):
+                self.made += pending_files(into)
+                native_write(self, step)
+            case NativeSwitch():
+                native_switch(self, step)
+            case NativeFree():
+                native_free(self, step)
 
     def note(self, path: Path) -> None:
         """Work files of ours are removed when the group is put back."""

@@ -52,9 +52,7 @@ def native_copy(run: GroupRun, step: NativeCopy) -> None:
             layers[:count],
             layers[count:],
             (step.name, step.format),
-            lambda done, total: run.observer.advance(
-                step.weight * done // max(1, total), step.weight
-            ),
+            run.observer.advance,
         )
     finally:
         os.close(fd)
@@ -77,9 +75,7 @@ def native_write(run: GroupRun, step: NativeWrite) -> None:
             step.image,
             place,
             (step.name, step.format),
-            lambda done, total: run.observer.advance(
-                step.weight * done // max(1, total), step.weight
-            ),
+            run.observer.advance,
         )
     write_pending(step.into, Pending(known.length, known.before, sector))
 

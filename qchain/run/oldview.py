@@ -13,7 +13,6 @@ from pathlib import Path
 from qchain.chain.layer import Layer, Qcow2Layer, RawLayer
 from qchain.errors import Damaged, FailedMidway
 from qchain.hostfile import HostFile
-from qchain.native.inplace import header_of
 from qchain.plan.steps import Compare, NativeCopy, NativeWrite
 from qchain.plan.traffic import commit_granularity
 from qchain.qcow2.header import read_header
@@ -142,6 +141,9 @@ class OldView:
             header = read_header(file)
             header.require_readable(path)
         else:
+            # Imported late: qemu-img is the usual engine.
+            from qchain.native.inplace import header_of
+
             header = header_of(path, read_pending(pending).sector)
         return Qcow2Layer(path, file, header)
 

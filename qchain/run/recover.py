@@ -49,7 +49,6 @@ from qchain.run.journal import GroupRecord, Journal
 from qchain.run.journal_file import find_journals, read_journal, unwritten
 from qchain.run.lawful import given_up
 from qchain.run.locking import ChainLocks, sole
-from qchain.run.native import switched_already
 from qchain.run.qemu_img import QemuImg
 from qchain.run.survey import (
     Files,
@@ -244,7 +243,12 @@ def _where_to_begin(record: GroupRecord, step: int) -> int:
 def _past_switch(record: GroupRecord, step: int) -> bool:
     """Whether the native engine's header write has been done."""
     switch = next(n for n, each in enumerate(record.steps) if isinstance(each, NativeSwitch))
-    return step > switch or (step == switch and switched_already(record))
+    if step != switch:
+        return step > switch
+    # Imported late: qemu-img is the usual engine.
+    from qchain.run.native import switched_already
+
+    return switched_already(record)
 
 
 def _has_its_name(record: GroupRecord, step: int) -> bool:
