@@ -58,22 +58,6 @@ def carry_out(
 
     Raises: whatever planning and merging raise.
     """
-    try:
-        _carry_out(name, active, merging, common, yes, wanted, agrees)
-    except KeyboardInterrupt as error:
-        # Once the merge has begun it says itself how it stands.
-        raise KeyboardInterrupt(*(error.args or ("nothing was changed",))) from None
-
-
-def _carry_out(
-    name: str,
-    active: Sequence[Path],
-    merging: Carrying,
-    common: Common,
-    yes: bool,
-    wanted: Wanted,
-    agrees: Callable[[Plan], None] | None,
-) -> None:
     from qchain.run.execute import execute
 
     from .planning import (
@@ -87,7 +71,7 @@ def _carry_out(
 
     terminal = sys.stdin is not None and sys.stdin.isatty()
     planned = opened_and_planned(active, merging, common, wanted, reads=merging.dry_run)
-    with planned as (chain, plan):
+    with _nothing_changed(), planned as (chain, plan):
         if agrees is not None:
             agrees(plan)
         # What forbids the merge in any case comes first.
@@ -115,6 +99,15 @@ def _carry_out(
                     write_json(document | result_json(result))
                 elif plan.steps:
                     write(result_text(result))
+
+
+@contextmanager
+def _nothing_changed() -> Iterator[None]:
+    """Say so after ^C; once a merge has begun it says itself how it stands."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(*(error.args or ("nothing was changed",))) from None
 
 
 def _ask(name: str, plan: Plan, shown: bool) -> None:

@@ -6,13 +6,13 @@ import os
 import re
 import signal
 import subprocess
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import libvirt
 from libvirtd import Guest
+from stopping import dies
 
 from fixtures.oracle import qemu_check, qemu_info
 
@@ -178,28 +178,15 @@ def stands(guest: Guest, before: Before, gone: set[str]) -> None:
 
 def dying(work: Callable[[Callable[[str], None]], None], number: int) -> bool:
     """Do `work` in a child that is killed before its change `number`; whether it came to that."""
-    child = os.fork()
-    if child == 0:
-        seen, code = 0, 1
+    seen = 0
 
-        def look(_: str) -> None:
-            nonlocal seen
-            if seen == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            seen += 1
+    def look(_: str) -> None:
+        nonlocal seen
+        if seen == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen += 1
 
-        try:
-            work(look)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return True
-    assert os.WEXITSTATUS(status) == 0, "it failed"
-    return False
+    return dies(lambda: work(look))
 
 
 def qemu_img(*words: str | Path) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+
+from stopping import dies
 
 from qchain.chain.chain import Chain
 from qchain.hostfile import HostFile
@@ -67,22 +68,12 @@ def killed_within(plan: Plan, chain: Chain, log: Path, at: Callable[[str, int], 
 
     Returns: whether it came to that.
     """
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            _watch(_Log(log, at))
-            execute(plan, chain)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return True
-    assert os.WEXITSTATUS(status) == 0, "it failed"
-    return False
+
+    def work() -> None:
+        _watch(_Log(log, at))
+        execute(plan, chain)
+
+    return dies(work)
 
 
 def _watch(log: _Log) -> None:

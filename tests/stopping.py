@@ -20,29 +20,28 @@ from qchain.plan.steps import Command, Rename, Step, Unlink
 from qchain.run.execute import execute
 from qchain.run.recover import journals_at
 
-__all__ = ["LINES", "commit_began", "deleting", "killed", "renaming", "stopped", "the_journal"]
+__all__ = [
+    "LINES",
+    "commit_began",
+    "deleting",
+    "dies",
+    "killed",
+    "renaming",
+    "stopped",
+    "the_journal",
+]
 
 LINES = ["256k:A", "64k:- 64k:B 128k:-", "64k:C 192k:-"]
 """base, l1, l2; each shows something through."""
 
 
-def killed(plan: Plan, chain: Chain | ChainTree, when: Callable[[int, Step], bool]) -> bool:
-    """Carry out `plan` in a child that is killed before the first step for which `when` holds.
-
-    Returns: whether it came to that. That the child fails instead fails the test.
-    """
+def dies(work: Callable[[], object]) -> bool:
+    """Do `work` in a child; whether a signal ended it. That it fails instead fails the test."""
     child = os.fork()
     if child == 0:
-        seen, code = 0, 1
-
-        def look(step: Step) -> None:
-            nonlocal seen
-            if when(seen, step):
-                os.kill(os.getpid(), signal.SIGKILL)
-            seen += 1
-
+        code = 1
         try:
-            execute(plan, chain, before_step=look)
+            work()
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -53,6 +52,22 @@ def killed(plan: Plan, chain: Chain | ChainTree, when: Callable[[int, Step], boo
         return True
     assert os.WEXITSTATUS(status) == 0, "it failed"
     return False
+
+
+def killed(plan: Plan, chain: Chain | ChainTree, when: Callable[[int, Step], bool]) -> bool:
+    """Carry out `plan` in a child that is killed before the first step for which `when` holds.
+
+    Returns: whether it came to that.
+    """
+    seen = 0
+
+    def look(step: Step) -> None:
+        nonlocal seen
+        if when(seen, step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen += 1
+
+    return dies(lambda: execute(plan, chain, before_step=look))
 
 
 def stopped(
